@@ -1,0 +1,41 @@
+"""Expert-parallel dispatch and combine for mixture-of-experts layers, for any array framework."""
+
+from mscclpp_ep._core import (
+    BufferStats,
+    Config,
+    CudaError,
+    Error,
+    InvalidArgument,
+    NotBuilt,
+    PeerFailure,
+    SystemError,  # noqa: A004 - the name of the C++ class
+    Timeout,
+    build_info,
+)
+from mscclpp_ep.buffer import Buffer
+from mscclpp_ep.event import EventHandle, EventOverlap
+from mscclpp_ep.group import Group, GroupLike, as_group
+from mscclpp_ep.handle import DispatchHandle
+
+__version__: str = build_info()["version"]
+
+__all__ = [
+    "Buffer",
+    "BufferStats",
+    "Config",
+    "CudaError",
+    "DispatchHandle",
+    "Error",
+    "EventHandle",
+    "EventOverlap",
+    "Group",
+    "GroupLike",
+    "InvalidArgument",
+    "NotBuilt",
+    "PeerFailure",
+    "SystemError",
+    "Timeout",
+    "__version__",
+    "as_group",
+    "build_info",
+]

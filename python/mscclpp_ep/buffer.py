@@ -1,0 +1,648 @@
+"""The `Buffer`: DeepEP's methods, for tensors of any framework."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+from mscclpp_ep import _core
+from mscclpp_ep._core import Config, InvalidArgument, NotBuilt
+from mscclpp_ep._frameworks import Array, Framework, framework_of, resolve_dtype, shape_of, view
+from mscclpp_ep._tuning import COMBINE_CHUNKS, DISPATCH_CHUNKS
+from mscclpp_ep.event import EventHandle, EventOverlap
+from mscclpp_ep.group import as_group
+from mscclpp_ep.handle import DispatchHandle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from mscclpp_ep.group import GroupLike
+
+Operation = _core.Operation
+
+
+class Buffer:
+    """Dispatch and combine of the tokens of a mixture-of-experts layer over the ranks of a group.
+
+    Below, T is the number of tokens of this rank, H of elements a token, K of choices a token,
+    R of ranks, E of experts, L of experts of this rank, and N of rows received.
+
+    `dispatch`, `combine` and `destroy` are collective: every rank calls them in the same order.
+    One thread at a time uses a buffer. Tensors come back in the framework of those given; what a
+    call returns stays valid, whatever is called later, until it is dropped.
+
+    Attributes:
+        rank: This rank.
+        group_size: R.
+        group: What the buffer was made with.
+        num_sms: Streaming multiprocessors that a call may use on a GPU; class-wide.
+    """
+
+    num_sms: ClassVar[int] = 20
+
+    def __init__(
+        self,
+        group: Any = None,
+        num_nvl_bytes: int = 0,
+        num_rdma_bytes: int = 0,
+        low_latency_mode: bool = False,
+        num_qps_per_rank: int = 24,
+        allow_nvlink_for_low_latency_mode: bool = True,
+        allow_mnnvl: bool = False,
+        explicitly_destroy: bool = False,
+        enable_shrink: bool = False,
+        comm: Any = None,
+        *,
+        use_fabric: bool = False,
+        device: Any = None,
+        ranks_per_domain: int = 0,
+        timeout: float = 100.0,
+        max_arena_bytes: int = 0,
+        num_threads: int = 0,
+        integrity_check: bool = False,
+        expert_map: Sequence[int] | None = None,
+        first_epoch: int = 1,
+    ) -> None:
+        """Connects the ranks of the group; collective.
+
+        Args:
+            group: An `mscclpp_ep.Group`, a `torch.distributed` process group, or an mpi4py
+                communicator; it is used here only.
+            num_nvl_bytes: Arena to begin with, in bytes. A hint on the CPU, where the arena starts
+                at 64 MiB at most and grows as results need it.
+            num_rdma_bytes: Accepted; means nothing within one host.
+            low_latency_mode: Not built yet.
+            num_qps_per_rank: Accepted; means nothing here.
+            allow_nvlink_for_low_latency_mode: Accepted; means nothing here.
+            allow_mnnvl: Accepted; means nothing here.
+            explicitly_destroy: Accepted: `destroy` may be called in any case.
+            enable_shrink: Not built yet.
+            comm: An mpi4py communicator, if no group is given.
+            use_fabric: Accepted; means nothing here.
+            device: "cpu", or None for it.
+            ranks_per_domain: Ranks that share memory; 0: found at run time.
+            timeout: Longest that any wait lasts, in seconds, before it ends in an error.
+            max_arena_bytes: Most that results held by the caller may take of the arena, and most
+                that one operation may receive. 0: half of the memory that is free, over the ranks
+                of this host.
+            num_threads: Threads that move data for this rank; 0: cores over ranks of this host.
+            integrity_check: Not built yet.
+            expert_map: The rank of each expert, int [E]; None: contiguous blocks of ceil(E / R).
+            first_epoch: Number of the first operation; for tests of its wrapping around.
+
+        Raises:
+            InvalidArgument: An argument is wrong, or the ranks disagree on one.
+            PeerFailure: Another rank refused its arguments or died.
+            NotBuilt: The feature is not in this build or version.
+            Timeout: A rank did not come.
+        """
+        del num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric
+        if low_latency_mode:
+            _not_built("low_latency_mode")
+        if enable_shrink:
+            _not_built("enable_shrink")
+        self.group = group if group is not None else comm
+        self.num_nvl_bytes = num_nvl_bytes
+        self.num_rdma_bytes = num_rdma_bytes
+        self.low_latency_mode = low_latency_mode
+        self.explicitly_destroy = explicitly_destroy
+        self.enable_shrink = enable_shrink
+        bootstrap: GroupLike = as_group(self.group)
+        self._core = _core.Buffer(
+            bootstrap,
+            device=_device_name(device),
+            arena_bytes=operator.index(num_nvl_bytes),
+            max_arena_bytes=operator.index(max_arena_bytes),
+            timeout=float(timeout),
+            num_threads=operator.index(num_threads),
+            ranks_per_domain=operator.index(ranks_per_domain),
+            expert_map=[] if expert_map is None else [operator.index(r) for r in expert_map],
+            integrity_check=integrity_check,
+            first_epoch=first_epoch,
+        )
+        self.rank: int = self._core.rank
+        self.group_size: int = self._core.size
+
+    # Lifetime
+
+    def destroy(self) -> None:
+        """Leaves the group, once no rank uses this one's memory; results stay valid.
+
+        Collective. Calling it again does nothing.
+
+        Raises:
+            Timeout: A rank did not come; the buffer is destroyed all the same.
+        """
+        self._core.destroy()
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc_type is None:
+            self.destroy()
+        else:
+            # The other ranks may never come to destroy; the error that leads here must not wait.
+            self._core.leave()
+
+    def is_available(self) -> bool:
+        """Whether the buffer is connected."""
+        return not self._core.destroyed
+
+    # Routing
+
+    def get_dispatch_layout(
+        self,
+        topk_idx: Array,
+        num_experts: int,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        *,
+        stream: object = None,
+    ) -> tuple[Array, Array | None, Array, Array, EventOverlap]:
+        """Counts the tokens that go to each rank and expert. Local: no other rank takes part.
+
+        Args:
+            topk_idx: int32 or int64 [T, K], ids of experts, -1 for none.
+            num_experts: E.
+            previous_event: What to wait for before reading.
+            async_finish: Return an event instead of waiting.
+            allocate_on_comm_stream: Needs the two before.
+            stream: None on the CPU.
+
+        Returns:
+            `num_tokens_per_rank` int32 [R] (a token counts once a rank), None (tokens per node, of
+            which there is one), `num_tokens_per_expert` int32 [E] (every choice counts),
+            `is_token_in_rank` bool [T, R], and an event.
+
+        Raises:
+            InvalidArgument: An id is out of range, or the dtype or shape is wrong.
+        """
+        _check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
+        framework = framework_of(topk_idx)
+        per_rank, per_expert, in_rank = self._core.get_dispatch_layout(
+            framework.view(topk_idx), operator.index(num_experts)
+        )
+        export = framework.export
+        event = _finished(async_finish)
+        return export(per_rank), None, export(per_expert), export(in_rank), event
+
+    # Dispatch
+
+    def dispatch(
+        self,
+        x: Array | tuple[Array, Array],
+        handle: DispatchHandle | None = None,
+        num_tokens_per_rank: Array | None = None,
+        num_tokens_per_rdma_rank: Array | None = None,
+        is_token_in_rank: Array | None = None,
+        num_tokens_per_expert: Array | None = None,
+        topk_idx: Array | None = None,
+        topk_weights: Array | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        *,
+        stream: object = None,
+    ) -> tuple[
+        Array | tuple[Array, Array],
+        Array | None,
+        Array | None,
+        list[int] | None,
+        DispatchHandle | None,
+        EventOverlap,
+    ]:
+        """Sends each token to the ranks that hold its experts, once a rank. Collective.
+
+        Rows arrive in order of (source rank, source token).
+
+        Args:
+            x: [T, H] of any dtype, or a pair of it and scales [T, S] of 1, 2 or 4 bytes each.
+            handle: Of an earlier dispatch, whose routing is repeated; excludes the next six.
+            num_tokens_per_rank: From `get_dispatch_layout`, as the next ones.
+            num_tokens_per_rdma_rank: Not used within one host.
+            is_token_in_rank: bool [T, R]: which ranks each token goes to.
+            num_tokens_per_expert: int32 [E].
+            topk_idx: int32 or int64 [T, K].
+            topk_weights: float32 [T, K].
+            expert_alignment: Counts per expert are rounded up to a multiple of this.
+            num_worst_tokens: If not 0, outputs have this many rows whatever arrives: rows not
+                received have indices -1, and what does not fit is dropped from the highest (source
+                rank, token) and reported by `check`.
+            config: Accepted; means nothing on the CPU.
+            previous_event: What to wait for before reading.
+            async_finish: Return an event instead of waiting.
+            allocate_on_comm_stream: Needs the two before.
+            stream: None on the CPU.
+
+        Returns:
+            `recv_x` [N, H], or a pair of it and the scales [N, S]; `recv_topk_idx` [N, K] with local
+            ids, -1 for choices held elsewhere; `recv_topk_weights` [N, K], 0 there; rows per local
+            expert, rounded up, as a list (empty with `num_worst_tokens`); the handle; an event.
+            With `handle`, all but the first and the last are None.
+
+        Raises:
+            InvalidArgument: An argument is wrong, or the ranks disagree; nothing was sent.
+            PeerFailure: Another rank refused its arguments, gave up, or died.
+            Timeout: A wait lasted longer than the buffer's `timeout`.
+        """
+        del num_tokens_per_rdma_rank
+        operation = Operation.dispatch if handle is None else Operation.cached_dispatch
+
+        def convert() -> tuple[Framework, list[_core.View | None], int, int]:
+            _check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
+            _check_config(config)
+            rows, scales = x if isinstance(x, tuple) else (x, None)
+            named = {
+                "x": rows,
+                "the scales of x": scales,
+                "is_token_in_rank": is_token_in_rank,
+                "num_tokens_per_rank": num_tokens_per_rank,
+                "num_tokens_per_expert": num_tokens_per_expert,
+                "topk_idx": topk_idx,
+                "topk_weights": topk_weights,
+            }
+            views = [_view(name, array) for name, array in named.items()]
+            alignment, worst = operator.index(expert_alignment), operator.index(num_worst_tokens)
+            if handle is not None:
+                _check_handle(handle)
+                _check_cached(num_worst_tokens=worst, topk_idx=topk_idx, topk_weights=topk_weights)
+            return framework_of(rows), views, alignment, worst
+
+        framework, views, alignment, worst = self._or_refuse(operation, convert)
+        if handle is None:
+            pending = self._core.begin_dispatch(*views, alignment, worst)
+        else:
+            pending = self._core.begin_cached_dispatch(views[0], views[1], handle._core)
+        counts = pending.num_recv_tokens_per_expert
+        arrays = x if isinstance(x, tuple) else (x,)
+        sources = [*arrays, *([None] * (2 - len(arrays))), topk_idx, topk_weights]
+        outputs = self._make_outputs(pending, sources, [views[0], views[1], views[5], views[6]])
+        finished = self._core.finish_dispatch(pending, *outputs)
+
+        exported = [
+            None if tensor is None else framework.export(tensor, source.dtype)
+            for tensor, source in zip(outputs, sources, strict=True)
+        ]
+        recv_x = (exported[0], exported[1]) if isinstance(x, tuple) else exported[0]
+        event = _finished(async_finish)
+        if handle is not None:
+            return recv_x, None, None, None, None, event
+        wrapped = DispatchHandle.wrap(finished, self.rank, framework)
+        return recv_x, exported[2], exported[3], counts, wrapped, event
+
+    def _make_outputs(
+        self,
+        pending: _core.PendingDispatch,
+        sources: Sequence[Array | None],
+        views: Sequence[_core.View | None],
+    ) -> list[_core.Tensor | None]:
+        """Memory for what a dispatch receives: in the arena, so that rows arrive in place."""
+        try:
+            return [
+                None
+                if source is None or imported is None
+                else self._core.empty([pending.num_rows, shape_of(source)[1]], imported.dtype, True)
+                for source, imported in zip(sources, views, strict=True)
+            ]
+        except _core.Error as error:
+            self._core.abandon_dispatch(pending, str(error))
+            raise
+
+    # Combine
+
+    def combine(
+        self,
+        x: Array,
+        handle: DispatchHandle,
+        topk_weights: Array | None = None,
+        bias: Array | tuple[Array, Array] | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        *,
+        stream: object = None,
+    ) -> tuple[Array, Array | None, EventOverlap]:
+        """Sums, per token, the rows that the dispatch of `handle` made of it. Collective.
+
+        The sum is taken in float32, the biases first, then ranks in ascending order, and rounded
+        once. Rows in memory of `empty` are read where they are; others are copied for it.
+
+        Args:
+            x: bfloat16, float16 or float32 [N, H], a row for each that the dispatch received.
+            handle: What the dispatch returned.
+            topk_weights: float32 [N, K], summed likewise.
+            bias: [T, H] of x's dtype, or two of them.
+            config: Accepted; means nothing on the CPU.
+            previous_event: What to wait for before reading.
+            async_finish: Return an event instead of waiting.
+            allocate_on_comm_stream: Needs the two before.
+            stream: None on the CPU.
+
+        Returns:
+            The sums [T, H] of x's dtype, those of the weights float32 [T, K] or None, an event.
+
+        Raises:
+            InvalidArgument: An argument is wrong, or the ranks disagree; nothing was read.
+            PeerFailure: Another rank refused its arguments, gave up, or died.
+            Timeout: A wait lasted longer than the buffer's `timeout`.
+        """
+
+        def convert() -> tuple[Framework, list[_core.View | None]]:
+            _check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
+            _check_config(config)
+            _check_handle(handle)
+            bias0, bias1 = self._unpack_bias(bias)
+            named = {"x": x, "topk_weights": topk_weights, "bias": bias0, "the second bias": bias1}
+            views = [_view(name, array) for name, array in named.items()]
+            return framework_of(x), views
+
+        framework, (x_view, weights_view, bias0_view, bias1_view) = self._or_refuse(
+            Operation.combine, convert
+        )
+        core = handle._core
+        out, out_weights = self._or_refuse(
+            Operation.combine, lambda: self._combined(core, x, topk_weights, x_view, weights_view)
+        )
+        self._core.combine(x_view, core, weights_view, bias0_view, bias1_view, out, out_weights)
+        combined = framework.export(out, x.dtype)
+        weights = None if out_weights is None else framework.export(out_weights)
+        return combined, weights, _finished(async_finish)
+
+    def _combined(
+        self,
+        handle: _core.DispatchHandle,
+        x: Array,
+        topk_weights: Array | None,
+        x_view: _core.View | None,
+        weights_view: _core.View | None,
+    ) -> tuple[_core.Tensor, _core.Tensor | None]:
+        def output(array: Array, imported: _core.View | None) -> _core.Tensor | None:
+            if imported is None:
+                return None
+            # A wrong number of dimensions is left to the library's own checks.
+            columns = [shape_of(array)[-1]] if len(shape_of(array)) > 1 else []
+            return self._core.empty([handle.num_tokens, *columns], imported.dtype, False)
+
+        out = output(x, x_view)
+        if out is None:
+            msg = "x is missing; it must be [N, H]"
+            raise InvalidArgument(msg)
+        return out, output(topk_weights, weights_view)
+
+    # Memory
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> Array:
+        """Memory for rows that other ranks may read or write in place; not initialised.
+
+        An expert's output written here is combined without a copy. If the arena is full and may not
+        grow, the memory is ordinary, and works as well, with a copy.
+
+        Args:
+            shape: Up to 4 extents.
+            dtype: Of NumPy or ml_dtypes, for an array of NumPy, or of Torch, for one of Torch.
+
+        Raises:
+            InvalidArgument: The shape or dtype is wrong.
+            SystemError: There is not enough memory.
+        """
+        framework, kind = resolve_dtype(dtype)
+        tensor = self._core.empty([operator.index(extent) for extent in shape], kind, True)
+        return framework.export(tensor, dtype)
+
+    def record_stream(self, tensor: Array, stream: object) -> None:
+        """Tells that a stream uses a tensor of this buffer. On the CPU there are no streams."""
+        del tensor
+        _check_call(None, False, False, stream)
+
+    def check(self) -> None:
+        """Raises what was noticed since the last call without a call to raise it from.
+
+        Raises:
+            InvalidArgument: `num_worst_tokens` was too small and rows were dropped.
+            PeerFailure: The buffer has failed and can only be destroyed.
+        """
+        self._core.check()
+
+    def freeze(self) -> None:
+        """From now on the arena does not grow; results that find no room are copied out."""
+        self._core.freeze()
+
+    def stats(self) -> _core.BufferStats:
+        """Where the buffer's memory is, and what moved in which way."""
+        return self._core.stats()
+
+    # Statics of DeepEP
+
+    @staticmethod
+    def is_sm90_compiled() -> bool:
+        """Whether kernels for Hopper are in this build."""
+        return False
+
+    @staticmethod
+    def set_num_sms(new_num_sms: int) -> None:
+        """Sets the multiprocessors that calls may use on a GPU.
+
+        Raises:
+            InvalidArgument: The number is odd or negative.
+        """
+        if new_num_sms < 0 or new_num_sms % 2 != 0:
+            msg = f"new_num_sms is {new_num_sms}; it must be even and not negative"
+            raise InvalidArgument(msg)
+        Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def capture() -> EventOverlap:
+        """An event at this point of the current stream."""
+        return EventOverlap(EventHandle())
+
+    @staticmethod
+    def get_dispatch_config(num_ranks: int) -> Config:
+        """DeepEP's tuned numbers for dispatch.
+
+        Raises:
+            InvalidArgument: DeepEP has none for this number of ranks.
+        """
+        return _tuned(DISPATCH_CHUNKS, num_ranks)
+
+    @staticmethod
+    def get_combine_config(num_ranks: int) -> Config:
+        """DeepEP's tuned numbers for combine.
+
+        Raises:
+            InvalidArgument: DeepEP has none for this number of ranks.
+        """
+        return _tuned(COMBINE_CHUNKS, num_ranks)
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """DeepEP's size of its low-latency buffer, in bytes."""
+        return _core.low_latency_rdma_size_hint(
+            num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts
+        )
+
+    @staticmethod
+    def _unpack_bias(
+        bias: Array | tuple[Array, Array] | None,
+    ) -> tuple[Array | None, Array | None]:
+        if not isinstance(bias, tuple):
+            return bias, None
+        if len(bias) != 2:  # noqa: PLR2004
+            msg = f"bias is a tuple of {len(bias)}; it must be one tensor or two"
+            raise InvalidArgument(msg)
+        return bias[0], bias[1]
+
+    # What is not there yet
+
+    def get_comm_stream(self) -> NoReturn:
+        """Not on the CPU, which has no streams.
+
+        Raises:
+            NotBuilt: Always.
+        """
+        _not_built("get_comm_stream (a buffer on the CPU has no streams)")
+
+    def get_local_buffer_tensor(self, *args: object, **kwargs: object) -> NoReturn:
+        """Not built yet.
+
+        Raises:
+            NotBuilt: Always.
+        """
+        del args, kwargs
+        _not_built("get_local_buffer_tensor")
+
+    def internode_dispatch(self, *args: object, **kwargs: object) -> NoReturn:
+        """Not built yet.
+
+        Raises:
+            NotBuilt: Always.
+        """
+        del args, kwargs
+        _not_built("internode_dispatch")
+
+    def internode_combine(self, *args: object, **kwargs: object) -> NoReturn:
+        """Not built yet.
+
+        Raises:
+            NotBuilt: Always.
+        """
+        del args, kwargs
+        _not_built("internode_combine")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Only called for what is not found: DeepEP's other methods say what they lack.
+        if name in _LOW_LATENCY:
+            _not_built(name)
+        msg = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(msg)
+
+    # Helpers
+
+    def _or_refuse(self, operation: _core.Operation, convert: Callable[[], Any]) -> Any:
+        """Converts arguments; if that fails, refuses the operation, so that no rank waits."""
+        try:
+            return convert()
+        except Exception as error:
+            try:
+                self._core.refuse(operation, str(error))
+            except _core.Error as failure:
+                raise failure from error
+            if isinstance(error, _core.Error):
+                raise
+            raise InvalidArgument(str(error)) from error
+
+
+_LOW_LATENCY = frozenset(
+    {
+        "clean_low_latency_buffer",
+        "get_next_low_latency_combine_buffer",
+        "low_latency_clean_mask_buffer",
+        "low_latency_combine",
+        "low_latency_dispatch",
+        "low_latency_query_mask_buffer",
+        "low_latency_update_mask_buffer",
+    }
+)
+
+
+def _not_built(feature: str) -> NoReturn:
+    msg = f"{feature} is not in this version of mscclpp_ep"
+    raise NotBuilt(msg)
+
+
+def _device_name(device: Any) -> str:
+    name = "cpu" if device is None else str(device)
+    if name == "cpu" or name == "cuda" or name.startswith("cuda:"):
+        return name.split(":", maxsplit=1)[0]
+    msg = f'device is {device!r}; it must be "cpu", "cuda" or "cuda:N"'
+    raise InvalidArgument(msg)
+
+
+def _finished(async_finish: bool) -> EventOverlap:
+    return EventOverlap(EventHandle() if async_finish else None)
+
+
+def _check_call(
+    previous_event: EventOverlap | None,
+    async_finish: bool,
+    allocate_on_comm_stream: bool,
+    stream: object,
+) -> None:
+    if stream is not None:
+        msg = f"stream is {stream!r}; a buffer on the CPU takes None"
+        raise InvalidArgument(msg)
+    if allocate_on_comm_stream and not (async_finish and previous_event is not None):
+        msg = "allocate_on_comm_stream=True needs async_finish=True and a previous_event"
+        raise InvalidArgument(msg)
+
+
+def _check_config(config: Config | None) -> None:
+    if config is not None and not isinstance(config, Config):
+        msg = f"config is a {type(config).__name__}; it must be a Config or None"
+        raise InvalidArgument(msg)
+
+
+def _check_handle(handle: object) -> None:
+    if not isinstance(handle, DispatchHandle):
+        msg = f"handle is a {type(handle).__name__}; it must be what dispatch returned"
+        raise InvalidArgument(msg)
+
+
+def _check_cached(num_worst_tokens: int, **routing: object) -> None:
+    given = [name for name, value in routing.items() if value is not None]
+    if num_worst_tokens != 0:
+        given.append("num_worst_tokens")
+    if given:
+        msg = f"{' and '.join(given)} must be left out when a handle is given"
+        raise InvalidArgument(msg)
+
+
+def _view(name: str, array: Array | None) -> _core.View | None:
+    if array is None:
+        return None
+    try:
+        return view(array)
+    except Exception as error:
+        msg = f"{name} cannot be used: {error}"
+        raise InvalidArgument(msg) from error
+
+
+def _tuned(chunks: dict[int, tuple[int, int, int, int]], num_ranks: int) -> Config:
+    if num_ranks not in chunks:
+        known = ", ".join(map(str, chunks))
+        msg = f"Unsupported number of EP ranks: {num_ranks}; there are numbers for {known}"
+        raise InvalidArgument(msg)
+    return Config(Buffer.num_sms, *chunks[num_ranks])

@@ -1,0 +1,63 @@
+"""What a dispatch leaves for the combines that undo it and the dispatches that repeat it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mscclpp_ep._frameworks import int32_array
+
+if TYPE_CHECKING:
+    from mscclpp_ep import _core
+    from mscclpp_ep._frameworks import Array, Framework
+
+
+class DispatchHandle(tuple["Array", ...]):
+    """The tuple that DeepEP's dispatch returns on one host, with attributes of our own.
+
+    The items, where T tokens were sent, N rows received, and R is the number of ranks:
+
+    0. `rank_prefix_matrix`, int32 [R, R]: column `rank` has the inclusive prefix sums of the rows
+       received from ranks 0, 1, …; the other columns are -1.
+    1. `channel_prefix_matrix`, int32 [R, 1]: tokens sent to each rank.
+    2. `recv_channel_prefix_matrix`, int32 [R, 1]: zeros, as there is one channel.
+    3. `recv_src_idx`, int32 [N]: the token of its source rank that each row is; -1: not received.
+    4. `is_token_in_rank`, bool [T, R].
+    5. `send_head`, int32 [T, R]: the ordinal of each token among those sent to a rank, or -1.
+
+    Attributes:
+        num_recv_tokens: Rows that came; more than N if `num_worst_tokens` was too small.
+        num_recv_tokens_per_expert: int32 [L], not rounded up.
+        epoch: Number of the dispatch, the same on every rank.
+    """
+
+    _core: _core.DispatchHandle
+    num_recv_tokens: int
+    num_recv_tokens_per_expert: Array
+    epoch: int
+
+    @classmethod
+    def wrap(cls, core: _core.DispatchHandle, rank: int, framework: Framework) -> DispatchHandle:
+        """Makes the tuple of a handle of the C++ library."""
+        prefix = core.recv_rank_prefix_sum
+        ranks = len(prefix)
+        matrix = np.full((ranks, ranks), -1, np.int32)
+        matrix[:, rank] = prefix
+        sent = np.array(core.num_send_tokens, np.int32).reshape(ranks, 1)
+        handle = cls(
+            (
+                int32_array(framework, matrix),
+                int32_array(framework, sent),
+                int32_array(framework, np.zeros((ranks, 1), np.int32)),
+                framework.export(core.recv_source_index),
+                framework.export(core.is_token_in_rank),
+                framework.export(core.send_head),
+            )
+        )
+        handle._core = core
+        handle.num_recv_tokens = core.num_recv_tokens
+        per_expert = np.array(core.num_recv_tokens_per_expert, np.int32)
+        handle.num_recv_tokens_per_expert = int32_array(framework, per_expert)
+        handle.epoch = core.epoch
+        return handle

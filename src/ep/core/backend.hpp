@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: MIT
+// The seam of the library: what core/buffer.cpp, having checked every argument, asks of the code
+// that moves data. One implementation a kind of memory: cpu/, later cuda/.
+#ifndef MSCCLPP_EP_CORE_BACKEND_HPP_
+#define MSCCLPP_EP_CORE_BACKEND_HPP_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/handle_state.hpp"
+#include "core/layout.hpp"
+#include "core/packets.hpp"
+#include "mscclpp_ep/buffer.hpp"
+
+namespace mscclpp_ep {
+
+/// A dispatch whose arguments are sound.
+struct DispatchRequest {
+  Signature signature;
+  DispatchInputs inputs;
+  DispatchOptions options;
+  CallOptions call;
+  std::int64_t numTokens = 0;
+  std::shared_ptr<const SendPlan> plan;
+  std::shared_ptr<const ExpertPlacement> placement;
+  std::shared_ptr<const HandleState> cached;  ///< whose routing is repeated; null: a new one
+};
+
+/// A combine whose arguments are sound.
+struct CombineRequest {
+  Signature signature;
+  CombineInputs inputs;
+  CombineOutputs outputs;
+  CallOptions call;
+  std::shared_ptr<const HandleState> handle;
+};
+
+/// A dispatch between its two calls. Backends derive theirs; its destructor refuses the operation
+/// if it was not finished.
+struct PendingState {
+  PendingState() = default;
+  PendingState(const PendingState&) = delete;
+  PendingState& operator=(const PendingState&) = delete;
+  virtual ~PendingState() = default;
+
+  DispatchRequest request;
+  std::uint64_t bufferId = 0;
+  std::int64_t numRows = 0;
+  std::vector<std::int64_t> alignedPerExpert;
+};
+
+enum class MemoryKind { arena, local };
+
+class Backend {
+ public:
+  Backend() = default;
+  Backend(const Backend&) = delete;
+  Backend& operator=(const Backend&) = delete;
+  virtual ~Backend() = default;
+
+  virtual void getDispatchLayout(const TensorView& topkIdx, const ExpertPlacement& placement,
+                                 const LayoutOutputs& outputs) = 0;
+  virtual std::unique_ptr<PendingState> beginDispatch(DispatchRequest request) = 0;
+  virtual DispatchHandle finishDispatch(PendingState& pending, const DispatchOutputs& outputs) = 0;
+  /// Ends a dispatch that has begun and cannot be finished.
+  virtual void abandonDispatch(PendingState& pending, std::string_view why) = 0;
+  virtual void combine(const CombineRequest& request) = 0;
+  virtual void refuse(Operation operation, std::string_view why) = 0;
+
+  virtual Tensor allocate(std::size_t bytes, MemoryKind kind) = 0;
+  /// Throws what a call before could not.
+  virtual void check() = 0;
+  virtual void freeze() = 0;
+  virtual BufferStats stats() = 0;
+  virtual void destroy() = 0;
+};
+
+/// What a rank tells the others while they connect.
+struct Admission {
+  std::string refusal;      ///< why this rank cannot take part; empty if it can
+  std::string fingerprint;  ///< of the options on which ranks must agree
+};
+
+/// Connects the ranks. `options` are checked, with the defaults that do not depend on other ranks
+/// filled in; the backend fills in the others.
+std::shared_ptr<Backend> makeCpuBackend(Bootstrap& bootstrap, const Admission& admission,
+                                        BufferOptions& options, std::uint64_t bufferId);
+std::shared_ptr<Backend> makeCudaBackend(Bootstrap& bootstrap, const Admission& admission,
+                                         BufferOptions& options, std::uint64_t bufferId);
+
+}  // namespace mscclpp_ep
+
+#endif  // MSCCLPP_EP_CORE_BACKEND_HPP_

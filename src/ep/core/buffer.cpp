@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: MIT
+#include "mscclpp_ep/buffer.hpp"
+
+#include <atomic>
+
+#include "core/backend.hpp"
+#include "core/check.hpp"
+#include "core/validate.hpp"
+#include "mscclpp_ep/version.hpp"
+
+namespace mscclpp_ep {
+
+namespace {
+
+std::uint64_t nextBufferId() {
+  static std::atomic<std::uint64_t> next{1};
+  return next.fetch_add(1);
+}
+
+std::string fingerprint(const BufferOptions& options) {
+  std::string text = cat("version ", MSCCLPP_EP_VERSION_MAJOR, ".", MSCCLPP_EP_VERSION_MINOR, ".",
+                         MSCCLPP_EP_VERSION_PATCH, ", ranks_per_domain ", options.ranksPerDomain,
+                         ", first_epoch ", options.firstEpoch, ", expert_map");
+  if (options.expertMap.empty()) return text + " none";
+  for (const std::int32_t rank : options.expertMap) text += cat(" ", rank);
+  return text;
+}
+
+/// Checks the options, and lets the other ranks know if they are refused.
+std::shared_ptr<Backend> connect(Bootstrap& bootstrap, BufferOptions& options, std::uint64_t id) {
+  if (options.device.type == DeviceType::cuda) {
+    return makeCudaBackend(bootstrap, {"", fingerprint(options)}, options, id);
+  }
+  try {
+    validateOptions(options, bootstrap.size());
+  } catch (const Error& error) {
+    BufferOptions defaults;
+    try {
+      makeCpuBackend(bootstrap, {error.what(), ""}, defaults, id);
+    } catch (const Error&) {
+      // Expected: a refused admission always ends in an error, and ours is the one that says why.
+    }
+    throw;
+  }
+  return makeCpuBackend(bootstrap, {"", fingerprint(options)}, options, id);
+}
+
+}  // namespace
+
+class Buffer::Impl {
+ public:
+  Impl(Bootstrap& bootstrap, const BufferOptions& given)
+      : options(given),
+        id(nextBufferId()),
+        facts{bootstrap.rank(), bootstrap.size(), id, options},
+        backend_(connect(bootstrap, options, id)) {}
+  Impl(const Impl&) = delete;
+  Impl& operator=(const Impl&) = delete;
+
+  Backend& backend() const {
+    EP_EXPECTS(backend_ != nullptr, "the buffer is destroyed; make a new one");
+    return *backend_;
+  }
+  bool destroyed() const { return backend_ == nullptr; }
+
+  void leave() noexcept { backend_.reset(); }
+  void destroy() {
+    // The buffer is gone even if saying goodbye to the others fails.
+    if (const auto backend = std::move(backend_)) backend->destroy();
+  }
+
+  /// Runs the checks of a collective operation. If they fail, the operation is refused, so that the
+  /// other ranks do not wait for this one.
+  template <typename Check>
+  auto checkedOrRefused(Operation operation, const Check& check) {
+    Backend& target = backend();
+    try {
+      return check();
+    } catch (const Error& error) {
+      refuseQuietly(target, operation, error.what());
+      throw;
+    }
+  }
+
+  std::shared_ptr<const ExpertPlacement> placement(std::int64_t numExperts) {
+    if (placement_ == nullptr || placement_->numExperts() != numExperts) {
+      placement_ =
+          std::make_shared<ExpertPlacement>(numExperts, facts.numRanks, options.expertMap);
+    }
+    return placement_;
+  }
+
+  Tensor allocate(std::span<const std::int64_t> shape, DataType dtype, MemoryKind kind) {
+    EP_EXPECTS(shape.size() <= kMaxDimensions, "a shape of ", shape.size(),
+               " dimensions was given; at most ", kMaxDimensions, " are allowed");
+    TensorView view;
+    view.dtype = dtype;
+    view.ndim = static_cast<int>(shape.size());
+    view.device = options.device;
+    std::int64_t stride = 1;
+    for (std::size_t i = shape.size(); i-- > 0;) {
+      EP_EXPECTS(shape[i] >= 0, "shape[", i, "] is ", shape[i], "; it must not be negative");
+      view.shape[i] = shape[i];
+      view.strides[i] = stride;
+      stride *= shape[i];
+    }
+    Tensor tensor = backend().allocate(numBytes(view), kind);
+    view.data = tensor.view.data;
+    tensor.view = view;
+    return tensor;
+  }
+
+  BufferOptions options;
+  const std::uint64_t id;
+  const BufferFacts facts;
+
+ private:
+  static void refuseQuietly(Backend& backend, Operation operation, std::string_view why) {
+    try {
+      backend.refuse(operation, why);
+    } catch (const Error&) {
+      // The buffer has failed, which its next call reports. The caller's own mistake comes first.
+    }
+  }
+
+  std::shared_ptr<Backend> backend_;
+  std::shared_ptr<const ExpertPlacement> placement_;
+};
+
+Buffer::Buffer(Bootstrap& bootstrap, const BufferOptions& options)
+    : impl_(std::make_unique<Impl>(bootstrap, options)) {}
+Buffer::Buffer(Buffer&&) noexcept = default;
+Buffer& Buffer::operator=(Buffer&&) noexcept = default;
+Buffer::~Buffer() = default;
+
+Buffer::Impl& Buffer::impl() const {
+  EP_EXPECTS(impl_ != nullptr, "the buffer was moved from");
+  return *impl_;
+}
+
+int Buffer::rank() const { return impl().facts.rank; }
+int Buffer::size() const { return impl().facts.numRanks; }
+const BufferOptions& Buffer::options() const { return impl().options; }
+bool Buffer::destroyed() const { return impl_ == nullptr || impl_->destroyed(); }
+
+void Buffer::getDispatchLayout(const TensorView& topkIdx, std::int64_t numExperts,
+                               const LayoutOutputs& outputs, const CallOptions& call) const {
+  Backend& backend = impl().backend();
+  validateCall(impl().facts, call);
+  validateLayout(impl().facts, topkIdx, numExperts, outputs);
+  backend.getDispatchLayout(topkIdx, *impl().placement(numExperts), outputs);
+}
+
+PendingDispatch Buffer::beginDispatch(const DispatchInputs& inputs, const DispatchOptions& options,
+                                      const CallOptions& call) {
+  DispatchRequest request = impl().checkedOrRefused(Operation::dispatch, [&] {
+    validateCall(impl().facts, call);
+    return validateDispatch(impl().facts, inputs, options);
+  });
+  request.call = call;
+  request.placement = impl().placement(request.signature.numExperts);
+  return PendingDispatch(impl().backend().beginDispatch(std::move(request)));
+}
+
+PendingDispatch Buffer::beginCachedDispatch(const DispatchInputs& inputs, const DispatchHandle& handle,
+                                      const CallOptions& call) {
+  DispatchRequest request = impl().checkedOrRefused(Operation::cachedDispatch, [&] {
+    validateCall(impl().facts, call);
+    return validateCachedDispatch(impl().facts, inputs, handle);
+  });
+  request.call = call;
+  request.placement = impl().placement(request.signature.numExperts);
+  return PendingDispatch(impl().backend().beginDispatch(std::move(request)));
+}
+
+DispatchHandle Buffer::finishDispatch(PendingDispatch pending, const DispatchOutputs& outputs) {
+  Backend& backend = impl().backend();
+  PendingState& state = pending.state();
+  EP_EXPECTS(state.bufferId == impl().id, "the dispatch was begun by another buffer");
+  try {
+    validateDispatchOutputs(state, outputs);
+  } catch (const Error& error) {
+    backend.abandonDispatch(state, error.what());
+    throw;
+  }
+  return backend.finishDispatch(state, outputs);
+}
+
+void Buffer::abandonDispatch(PendingDispatch pending, std::string_view why) {
+  impl().backend().abandonDispatch(pending.state(), why);
+}
+
+void Buffer::combine(const CombineInputs& inputs, const DispatchHandle& handle,
+                     const CombineOutputs& outputs, const CallOptions& call) {
+  CombineRequest request = impl().checkedOrRefused(Operation::combine, [&] {
+    validateCall(impl().facts, call);
+    return validateCombine(impl().facts, inputs, handle, outputs);
+  });
+  request.call = call;
+  impl().backend().combine(request);
+}
+
+void Buffer::refuse(Operation operation, std::string_view why) {
+  impl().backend().refuse(operation, why);
+}
+
+Tensor Buffer::empty(std::span<const std::int64_t> shape, DataType dtype) {
+  return impl().allocate(shape, dtype, MemoryKind::arena);
+}
+Tensor Buffer::empty(std::initializer_list<std::int64_t> shape, DataType dtype) {
+  return empty(std::span(shape.begin(), shape.size()), dtype);
+}
+Tensor Buffer::emptyLocal(std::span<const std::int64_t> shape, DataType dtype) {
+  return impl().allocate(shape, dtype, MemoryKind::local);
+}
+
+void Buffer::check() { impl().backend().check(); }
+void Buffer::freeze() { impl().backend().freeze(); }
+BufferStats Buffer::stats() const { return impl().backend().stats(); }
+void Buffer::leave() noexcept {
+  if (impl_ != nullptr) impl_->leave();
+}
+void Buffer::destroy() {
+  if (impl_ != nullptr) impl_->destroy();
+}
+
+}  // namespace mscclpp_ep

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: MIT
+// The records that ranks exchange. One definition serves every backend, so they are plain bytes.
+#ifndef MSCCLPP_EP_CORE_PACKETS_HPP_
+#define MSCCLPP_EP_CORE_PACKETS_HPP_
+
+#include <cstdint>
+#include <type_traits>
+
+namespace mscclpp_ep {
+
+/// The rounds of an operation, in order; a message carries its own.
+enum class Round : std::uint32_t {
+  entry = 0,    ///< what each rank was called with, and counts
+  counts = 1,   ///< counts that found no room in the entry
+  publish = 2,  ///< where rows go
+};
+
+enum class Verdict : std::uint32_t { go = 0, rejected = 1, noRoom = 2 };
+
+inline constexpr int kReasonBytes = 232;
+
+/// Whether a rank takes part, and if not, why.
+struct Status {
+  Verdict verdict = Verdict::go;
+  std::uint32_t reserved = 0;
+  char reason[kReasonBytes] = {};  ///< zero-terminated
+};
+
+/// What the ranks of one operation must agree on.
+struct Signature {
+  std::uint32_t operation = 0;
+  std::uint32_t dtype = 0;
+  std::uint32_t scaleDtype = 0;
+  std::uint32_t hasWeights = 0;
+  std::int64_t hidden = 0;
+  std::int64_t numScales = 0;
+  std::int64_t topk = -1;  ///< -1: none
+  std::int64_t indexBytes = 0;
+  std::int64_t numExperts = 0;
+  std::uint64_t handleEpoch = 0;  ///< of the dispatch that a combine or cached dispatch refers to
+};
+
+/// The arrays that a dispatch fills at the receiver, one element a row.
+enum Column : int {
+  kRows,
+  kScales,
+  kTopkIdx,
+  kTopkWeights,
+  kSourceIndex,
+  kChecksum,     ///< room for the integrity mode
+  kSequenceTag,  ///< likewise
+  kNumColumns
+};
+
+/// How the bytes of an array are reached by a peer.
+enum class Access : std::uint32_t {
+  none = 0,      ///< there is no such array
+  straight = 1,  ///< in place: where the user reads, or has written, it
+  landing = 2,   ///< in the receiver's landing block, from which it copies rows as they arrive
+  staged = 3,    ///< in a staging block, to which its owner copies rows while they are read
+};
+
+struct ArrayAddress {
+  Access access = Access::none;
+  std::uint32_t segment = 0;
+  std::uint64_t offset = 0;
+};
+
+/// Round::entry of a dispatch, followed by the receiver's counts per local expert (int32).
+struct DispatchEntry {
+  Signature signature;
+  Status status;
+  std::int64_t numRows = 0;    ///< rows that this rank has for the receiver
+  std::int64_t numCounts = 0;  ///< counts that follow, here and in Round::counts
+};
+
+/// Round::publish of a dispatch.
+struct DispatchPublish {
+  Status status;
+  std::int64_t firstRow = 0;  ///< row of the first of the receiver's tokens
+  std::int64_t capacity = 0;  ///< rows at or beyond this are dropped
+  ArrayAddress columns[kNumColumns];
+};
+
+/// Round::entry of a combine: rows of the receiver's tokens stand in dispatch's order.
+struct CombineEntry {
+  Signature signature;
+  Status status;
+  ArrayAddress rows;
+  ArrayAddress weights;
+};
+
+static_assert(std::is_trivially_copyable_v<DispatchEntry>);
+static_assert(std::is_trivially_copyable_v<DispatchPublish>);
+static_assert(std::is_trivially_copyable_v<CombineEntry>);
+
+/// A signal: one 64-bit store carries a value and the tag of the operation that it belongs to.
+/// Tags compare modulo 2^32, which is sound because every operation rewrites every slot.
+constexpr std::uint64_t packSignal(std::uint32_t value, std::uint64_t tag) {
+  return static_cast<std::uint64_t>(value) << 32 | static_cast<std::uint32_t>(tag);
+}
+constexpr std::uint32_t signalValue(std::uint64_t signal) {
+  return static_cast<std::uint32_t>(signal >> 32);
+}
+constexpr std::uint32_t signalTag(std::uint64_t signal) {
+  return static_cast<std::uint32_t>(signal);
+}
+
+}  // namespace mscclpp_ep
+
+#endif  // MSCCLPP_EP_CORE_PACKETS_HPP_

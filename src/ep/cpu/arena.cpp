@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: MIT
+#include "cpu/arena.hpp"
+
+#include <algorithm>
+
+#include "core/check.hpp"
+#include "core/memory_map.hpp"
+#include "transport/memory_limit.hpp"
+
+namespace mscclpp_ep::cpu {
+
+namespace {
+
+// Small blocks share segments of this size, so that peers map few.
+constexpr std::size_t kSmallestSegment = std::size_t{4} << 20;
+
+}  // namespace
+
+Arena::Arena(Transport& transport, std::size_t initialBytes, std::size_t maxBytes)
+    : transport_(transport), maxBytes_(maxBytes), returned_(std::make_shared<Returned>()) {
+  if (initialBytes > 0) grow(std::min(initialBytes, maxBytes));
+}
+
+void Arena::takeReturned() {
+  std::vector<BlockRange> blocks;
+  {
+    const std::lock_guard lock(returned_->mutex);
+    blocks.swap(returned_->blocks);
+  }
+  for (const BlockRange& block : blocks) allocator_.release(block);
+}
+
+std::size_t Arena::usedBytes() {
+  takeReturned();
+  return allocator_.usedBytes();
+}
+
+std::optional<ArenaBlock> Arena::allocate(std::size_t bytes) {
+  takeReturned();
+  std::optional<BlockRange> range = allocator_.allocate(bytes);
+  if (!range && grow(blockBytes(bytes))) range = allocator_.allocate(bytes);
+  if (!range) return std::nullopt;
+  return wrap(*range);
+}
+
+/// Adds a segment of at least `bytes`, if that is allowed.
+bool Arena::grow(std::size_t bytes) {
+  const std::size_t room = maxBytes_ - std::min(segmentBytes_, maxBytes_);
+  if (frozen_ || bytes > room) return false;
+  const std::size_t wanted = std::min(std::max(bytes, kSmallestSegment), room / kPage * kPage);
+  if (wanted < bytes || static_cast<std::int64_t>(wanted) > availableMemory()) return false;
+  SharedBlock segment = transport_.share(wanted);
+  segmentBytes_ += wanted;
+  allocator_.addSegment(segment.id, wanted);
+  segments_.emplace(segment.id, std::move(segment));
+  return true;
+}
+
+ArenaBlock Arena::wrap(const BlockRange& range) {
+  const SharedBlock& segment = segments_.at(range.segment);
+  ArenaBlock block;
+  block.address = {Access::straight, range.segment, range.offset};
+  block.data = {segment.data + range.offset,
+                [returned = returned_, range, owner = segment.owner](std::byte*) {
+                  const std::lock_guard lock(returned->mutex);
+                  returned->blocks.push_back(range);
+                }};
+  return block;
+}
+
+ArenaBlock Arena::landing(std::size_t bytes) {
+  if (bytes > maxBytes_) {
+    throw InvalidArgument(cat("the operation needs ", bytes,
+                              " bytes of arena, more than max_arena_bytes, which is ", maxBytes_));
+  }
+  if (bytes > landing_.bytes) {
+    if (frozen_ && landing_.bytes > 0) {
+      throw InvalidArgument(cat("the operation needs ", bytes,
+                                " bytes, and after freeze() the landing block has ",
+                                landing_.bytes));
+    }
+    const std::size_t wanted = std::min(blockBytes(bytes), alignUp(maxBytes_, kPage));
+    if (static_cast<std::int64_t>(wanted) > availableMemory()) {
+      throw SystemError(cat("the operation needs ", wanted, " bytes of memory, and only ",
+                            availableMemory(), " are available"));
+    }
+    if (landing_.bytes > 0) transport_.unshare(landing_.id);
+    landing_ = SharedBlock();
+    landing_ = transport_.share(wanted);
+  }
+  return {{landing_.data, [owner = landing_.owner](std::byte*) {}},
+          {Access::landing, landing_.id, 0}};
+}
+
+std::optional<ArrayAddress> Arena::locate(const void* data, std::size_t bytes) const {
+  const auto* begin = static_cast<const std::byte*>(data);
+  for (const auto& [id, segment] : segments_) {
+    const bool inside = std::less_equal<>{}(segment.data, begin) &&
+                        std::less_equal<>{}(begin + bytes, segment.data + segment.bytes);
+    if (inside) {
+      return ArrayAddress{Access::straight, id, static_cast<std::uint64_t>(begin - segment.data)};
+    }
+  }
+  return std::nullopt;
+}
+
+}  // namespace mscclpp_ep::cpu

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: MIT
+#ifndef MSCCLPP_EP_CPU_ARENA_HPP_
+#define MSCCLPP_EP_CPU_ARENA_HPP_
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "core/block_allocator.hpp"
+#include "core/packets.hpp"
+#include "transport/transport.hpp"
+
+namespace mscclpp_ep::cpu {
+
+/// Memory that peers reach, with its address for them.
+struct ArenaBlock {
+  std::shared_ptr<std::byte> data;  ///< gives the block back when the last copy dies
+  ArrayAddress address;
+};
+
+/// The memory of a rank in which its results live while the user holds them, and into which peers
+/// write. It grows by segments up to a limit and never shrinks.
+class Arena {
+ public:
+  Arena(Transport& transport, std::size_t initialBytes, std::size_t maxBytes);
+
+  /// A block, of a new segment if none is free. Nothing if the limit, the machine's memory or
+  /// freeze() forbid that. Any thread may drop a block, which may outlive the arena.
+  std::optional<ArenaBlock> allocate(std::size_t bytes);
+
+  /// The landing block, which is not for results: it is made, and made larger, when first needed.
+  /// Its content lives until the next call. Throws InvalidArgument if it would exceed the
+  /// limit, SystemError if there is not enough memory.
+  ArenaBlock landing(std::size_t bytes);
+
+  /// The address of memory, if all of it lies in the arena.
+  std::optional<ArrayAddress> locate(const void* data, std::size_t bytes) const;
+
+  void freeze() { frozen_ = true; }
+
+  std::size_t maxBytes() const { return maxBytes_; }
+  std::size_t totalBytes() const { return segmentBytes_ + landing_.bytes; }
+  std::size_t usedBytes();
+  std::size_t landingBytes() const { return landing_.bytes; }
+
+ private:
+  /// Where blocks go when they are dropped, which may happen in any thread, at any time.
+  struct Returned {
+    std::mutex mutex;
+    std::vector<BlockRange> blocks;
+  };
+
+  void takeReturned();
+  bool grow(std::size_t bytes);
+  ArenaBlock wrap(const BlockRange& range);
+
+  Transport& transport_;
+  const std::size_t maxBytes_;
+  bool frozen_ = false;
+  BlockAllocator allocator_;
+  std::map<std::uint32_t, SharedBlock> segments_;
+  std::size_t segmentBytes_ = 0;
+  SharedBlock landing_;
+  std::shared_ptr<Returned> returned_;
+};
+
+}  // namespace mscclpp_ep::cpu
+
+#endif  // MSCCLPP_EP_CPU_ARENA_HPP_

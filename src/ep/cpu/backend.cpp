@@ -1,0 +1,259 @@
+// SPDX-License-Identifier: MIT
+#include "core/backend.hpp"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <exception>
+#include <optional>
+
+#include "core/agreement.hpp"
+#include "core/check.hpp"
+#include "cpu/combine.hpp"
+#include "cpu/context.hpp"
+#include "cpu/dispatch.hpp"
+#include "cpu/rounds.hpp"
+#include "transport/memory_limit.hpp"
+#include "transport/shared_memory.hpp"
+
+namespace mscclpp_ep {
+namespace cpu {
+
+namespace {
+
+constexpr std::int64_t kMostInitialArenaBytes = std::int64_t{64} << 20;
+// Two or three threads saturate the memory of most hosts; many more only wait for each other.
+constexpr int kMostDefaultThreads = 16;
+
+class CpuBackend final : public Backend, public std::enable_shared_from_this<CpuBackend> {
+ public:
+  CpuBackend(std::unique_ptr<Transport> transport, const BufferOptions& options,
+             std::uint64_t bufferId)
+      : transport_(std::move(transport)),
+        mailbox_(*transport_, Lane::highThroughput, options.firstEpoch),
+        arena_(*transport_,
+               static_cast<std::size_t>(std::min(options.arenaBytes, kMostInitialArenaBytes)),
+               static_cast<std::size_t>(options.maxArenaBytes)),
+        workers_(options.numThreads),
+        context_{*transport_,    mailbox_, arena_, pool_, workers_,
+                 rowKernels(), stats_,   bufferId},
+        nextEpoch_(options.firstEpoch) {}
+
+  void getDispatchLayout(const TensorView& topkIdx, const ExpertPlacement& placement,
+                         const LayoutOutputs& outputs) override {
+    refuseChild();
+    countTokens(workers_, topkIdx, placement, outputs);
+  }
+
+  std::unique_ptr<PendingState> beginDispatch(DispatchRequest request) override;
+  DispatchHandle finishDispatch(PendingState& pending, const DispatchOutputs& outputs) override;
+  void abandonDispatch(PendingState& pending, std::string_view why) override;
+  void combine(const CombineRequest& request) override;
+  void refuse(Operation operation, std::string_view why) override;
+
+  Tensor allocate(std::size_t bytes, MemoryKind kind) override;
+  void check() override;
+  void freeze() override { arena_.freeze(); }
+  BufferStats stats() override;
+  void destroy() override;
+
+ private:
+  friend struct CpuPending;
+
+  /// Runs one step of an operation. An error that every rank sees alike passes; any other ends the
+  /// buffer, and the peers are told.
+  template <typename Step>
+  auto run(const char* operation, const Step& step);
+
+  void beginEpoch(const char* operation);
+  void refuseChild() const;
+  void reportDropped(const DispatchPlan& plan);
+
+  std::unique_ptr<Transport> transport_;
+  Mailbox mailbox_;
+  Arena arena_;
+  HostPool pool_;
+  Workers workers_;
+  BufferStats stats_;
+  Context context_;
+  std::uint64_t nextEpoch_;
+  const pid_t process_ = ::getpid();
+  bool begun_ = false;         ///< a dispatch is between its two calls
+  std::string failure_;        ///< why the buffer can only be destroyed; empty if it can be used
+  std::string dropped_;        ///< for the next check()
+};
+
+/// Refuses the rest of its dispatch if it dies unfinished.
+struct CpuPending final : PendingState {
+  ~CpuPending() override {
+    const auto owner = backend.lock();
+    if (finished || owner == nullptr) return;
+    try {
+      owner->abandonDispatch(*this, "the caller dropped the dispatch before it was finished");
+    } catch (const std::exception&) {
+      // The failure is kept by the backend, whose next call reports it.
+    }
+  }
+
+  std::weak_ptr<CpuBackend> backend;
+  DispatchPlan plan;
+  bool finished = false;
+};
+
+template <typename Step>
+auto CpuBackend::run(const char* operation, const Step& step) {
+  refuseChild();
+  if (!failure_.empty()) {
+    throw PeerFailure(cat("the buffer failed before and can only be destroyed: ", failure_));
+  }
+  const FloatingPointModes modes;
+  try {
+    return step();
+  } catch (const OperationRefused& refused) {
+    std::rethrow_exception(refused.error);
+  } catch (const std::exception& error) {
+    failure_ = error.what();
+    transport_->giveUp();
+    throw;
+  } catch (...) {
+    failure_ = cat(operation, " was interrupted");
+    transport_->giveUp();
+    throw;
+  }
+}
+
+void CpuBackend::beginEpoch(const char* operation) {
+  context_.epoch = nextEpoch_++;
+  transport_->beginOperation(operation, context_.epoch);
+}
+
+/// Memory and sockets are shared with a forked child, which would speak in its parent's name.
+void CpuBackend::refuseChild() const {
+  if (::getpid() == process_) return;
+  throw SystemError("the buffer was made before this process was forked; make buffers after fork, "
+                    "or start ranks by spawn");
+}
+
+std::unique_ptr<PendingState> CpuBackend::beginDispatch(DispatchRequest request) {
+  EP_EXPECTS(!begun_, "a dispatch was begun and is not finished; finish it first");
+  const char* what = request.cached != nullptr ? "cached dispatch" : "dispatch";
+  return run(what, [&]() -> std::unique_ptr<PendingState> {
+    beginEpoch(what);
+    auto pending = std::make_unique<CpuPending>();
+    pending->finished = true;  // until the counts are exchanged there is nothing to abandon
+    pending->plan = exchangeCounts(context_, request);
+    pending->backend = weak_from_this();
+    pending->bufferId = context_.bufferId;
+    pending->numRows = pending->plan.numRows;
+    if (request.cached == nullptr && request.options.numWorstTokens == 0) {
+      for (const std::int64_t count : pending->plan.perExpert) {
+        pending->alignedPerExpert.push_back(roundUp(count, request.options.expertAlignment));
+      }
+    }
+    pending->request = std::move(request);
+    pending->finished = false;
+    begun_ = true;
+    return pending;
+  });
+}
+
+DispatchHandle CpuBackend::finishDispatch(PendingState& state, const DispatchOutputs& outputs) {
+  auto& pending = static_cast<CpuPending&>(state);
+  pending.finished = true;
+  begun_ = false;
+  return run("dispatch", [&] {
+    DispatchHandle handle(moveRows(context_, pending.request, pending.plan, outputs));
+    reportDropped(pending.plan);
+    return handle;
+  });
+}
+
+void CpuBackend::reportDropped(const DispatchPlan& plan) {
+  if (plan.numRecv <= plan.numRows) return;
+  dropped_ = cat("num_worst_tokens was ", plan.numRows, " in the dispatch of epoch ",
+                 context_.epoch, ", but ", plan.numRecv, " rows came; ", plan.numRecv - plan.numRows,
+                 " were dropped from the highest (source rank, token)");
+}
+
+void CpuBackend::abandonDispatch(PendingState& state, std::string_view why) {
+  auto& pending = static_cast<CpuPending&>(state);
+  if (pending.finished) return;
+  pending.finished = true;
+  begun_ = false;
+  run("dispatch", [&] { abandonRows(context_, Verdict::rejected, why); });
+}
+
+void CpuBackend::combine(const CombineRequest& request) {
+  EP_EXPECTS(!begun_, "a dispatch was begun and is not finished; finish it first");
+  run("combine", [&] {
+    beginEpoch("combine");
+    combineRows(context_, request);
+  });
+}
+
+void CpuBackend::refuse(Operation operation, std::string_view why) {
+  EP_EXPECTS(!begun_, "a dispatch was begun and is not finished; finish it first");
+  run(name(operation), [&] {
+    beginEpoch(name(operation));
+    postRefusal(context_, operation, why);
+  });
+}
+
+Tensor CpuBackend::allocate(std::size_t bytes, MemoryKind kind) {
+  refuseChild();
+  Tensor tensor;
+  if (kind == MemoryKind::arena) {
+    if (auto block = arena_.allocate(bytes)) {
+      tensor.inArena = true;
+      tensor.view.data = block->data.get();
+      tensor.owner = std::move(block->data);
+      return tensor;
+    }
+  }
+  auto block = pool_.allocate(bytes);
+  tensor.view.data = block.get();
+  tensor.owner = std::move(block);
+  return tensor;
+}
+
+void CpuBackend::check() {
+  if (!failure_.empty()) throw PeerFailure(failure_);
+  const std::string dropped = std::exchange(dropped_, {});
+  EP_EXPECTS(dropped.empty(), dropped);
+}
+
+BufferStats CpuBackend::stats() {
+  BufferStats stats = stats_;
+  stats.arenaBytes = static_cast<std::int64_t>(arena_.totalBytes());
+  stats.heldBytes = static_cast<std::int64_t>(arena_.usedBytes());
+  stats.landingBytes = static_cast<std::int64_t>(arena_.landingBytes());
+  stats.pooledBytes = pool_.bytes();
+  return stats;
+}
+
+void CpuBackend::destroy() {
+  // In a forked child, or after a failure, there is nobody to wait for.
+  if (::getpid() == process_ && failure_.empty()) transport_->leave();
+}
+
+}  // namespace
+}  // namespace cpu
+
+std::shared_ptr<Backend> makeCpuBackend(Bootstrap& bootstrap, const Admission& admission,
+                                        BufferOptions& options, std::uint64_t bufferId) {
+  SharedMemoryOptions transportOptions;
+  transportOptions.connect.refusal = admission.refusal;
+  transportOptions.connect.fingerprint = admission.fingerprint;
+  transportOptions.connect.timeout = options.timeout;
+  transportOptions.pollInterrupt = options.pollInterrupt;
+  auto transport = std::make_unique<SharedMemory>(bootstrap, std::move(transportOptions));
+  const int ranks = transport->ranksOnHost();
+  if (options.maxArenaBytes == 0) options.maxArenaBytes = availableMemory() / 2 / ranks;
+  if (options.numThreads == 0) {
+    options.numThreads = std::clamp(coresAvailable() / ranks, 1, cpu::kMostDefaultThreads);
+  }
+  options.ranksPerDomain = ranks;
+  return std::make_shared<cpu::CpuBackend>(std::move(transport), options, bufferId);
+}
+
+}  // namespace mscclpp_ep

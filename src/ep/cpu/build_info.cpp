@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: MIT
+#include "mscclpp_ep/build_info.hpp"
+
+#include "core/check.hpp"
+#include "cpu/simd.hpp"
+#include "mscclpp_ep/version.hpp"
+
+namespace mscclpp_ep {
+
+std::map<std::string, std::string> buildInfo() {
+  std::string available;
+  for (const cpu::RowKernels* kernels : cpu::availableRowKernels()) {
+    available += cat(available.empty() ? "" : ", ", kernels->name);
+  }
+  return {
+      {"version", cat(MSCCLPP_EP_VERSION_MAJOR, ".", MSCCLPP_EP_VERSION_MINOR, ".",
+                      MSCCLPP_EP_VERSION_PATCH)},
+      {"compiler", cat("gcc-compatible ", __VERSION__)},
+      {"simd", std::string(cpu::rowKernels().name)},
+      {"simd_available", available},
+      {"cuda", "no"},
+      {"mscclpp", "no"},
+      {"ucx", "no"},
+  };
+}
+
+}  // namespace mscclpp_ep

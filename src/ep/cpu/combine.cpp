@@ -1,0 +1,287 @@
+// SPDX-License-Identifier: MIT
+#include "cpu/combine.hpp"
+
+#include <algorithm>
+
+#include "cpu/columns.hpp"
+#include "cpu/rounds.hpp"
+
+namespace mscclpp_ep::cpu {
+
+namespace {
+
+// Rows that are staged are read soon after they were written, while they are in some cache.
+constexpr std::size_t kStagingStepBytes = std::size_t{256} << 10;
+constexpr std::int64_t kTokensPerPart = 16;
+
+SumType sumType(DataType dtype) {
+  switch (dtype) {
+    case DataType::bfloat16:
+      return SumType::bfloat16;
+    case DataType::float16:
+      return SumType::float16;
+    default:
+      return SumType::float32;
+  }
+}
+
+/// One combine, on one rank: at once the owner of rows that others read, and a reader.
+class RowReducer {
+ public:
+  RowReducer(Context& context, const CombineRequest& request)
+      : context_(context),
+        request_(request),
+        handle_(*request.handle),
+        rowBytes_(static_cast<std::size_t>(request.signature.hidden) *
+                  itemSize(request.inputs.x.dtype)),
+        weightBytes_(request.inputs.topkWeights
+                         ? static_cast<std::size_t>(request.signature.topk) * sizeof(float)
+                         : 0),
+        step_(std::max<std::int64_t>(static_cast<std::int64_t>(kStagingStepBytes / rowBytes_), 1) *
+              context.workers.numThreads()),
+        sources_(static_cast<std::size_t>(context.size())) {}
+
+  void run() {
+    offerInputs();
+    receiveOffers();
+    reduceAll();
+    finish();
+  }
+
+ private:
+  struct Source {
+    const std::byte* rows = nullptr;  ///< of this rank's first token there
+    const std::byte* weights = nullptr;
+    std::int64_t count = 0;  ///< rows of this rank's tokens there
+    bool staged = false;     ///< they are still being copied to where they are read
+  };
+
+  void offerInputs();
+  ArrayAddress offer(const TensorView& input, std::size_t rowBytes, bool copyAtOnce);
+  void refuseForRoom(const Error& error);
+  void receiveOffers();
+  void bindSource(std::size_t rank, const CombineEntry& entry);
+  bool stageSome();
+  void reduceAll();
+  bool tokensReady(std::int64_t end) const;
+  void reduceTokens(std::int64_t begin, std::int64_t end) const;
+  void reduceToken(std::int64_t token, std::vector<const void*>& rows,
+                   std::vector<const void*>& weights) const;
+  void finish();
+
+  std::int64_t rowsKeptFrom(std::size_t rank) const {
+    return rowsKept(handle_.firstRowFrom[rank], handle_.numRowsFrom[rank], handle_.numRows);
+  }
+  std::int64_t numReceived() const { return std::min(handle_.numRecv(), handle_.numRows); }
+  std::int32_t head(std::int64_t token, std::size_t rank) const {
+    return handle_.plan->head[static_cast<std::size_t>(token) * sources_.size() + rank];
+  }
+
+  Context& context_;
+  const CombineRequest& request_;
+  const HandleState& handle_;
+  const std::size_t rowBytes_;
+  const std::size_t weightBytes_;
+  const std::int64_t step_;  ///< rows or tokens between two looks at progress
+  ArrayAddress rowsAddress_;
+  ArrayAddress weightsAddress_;
+  std::vector<ArenaBlock> blocks_;  ///< in which inputs are copied for peers
+  std::byte* staging_ = nullptr;
+  std::int64_t staged_ = 0;  ///< rows for each rank
+  std::vector<Source> sources_;
+};
+
+/// Makes this rank's rows readable by the others: in place, or in a block they are copied to.
+void RowReducer::offerInputs() {
+  const CombineInputs& inputs = request_.inputs;
+  try {
+    rowsAddress_ = offer(inputs.x, rowBytes_, false);
+    if (weightBytes_ != 0) weightsAddress_ = offer(inputs.topkWeights, weightBytes_, true);
+  } catch (const Error& error) {
+    postRefusal(context_, Operation::combine, error.what());
+    throw OperationRefused{std::current_exception()};
+  }
+}
+
+ArrayAddress RowReducer::offer(const TensorView& input, std::size_t rowBytes, bool copyAtOnce) {
+  const std::size_t bytes = static_cast<std::size_t>(numReceived()) * rowBytes;
+  if (bytes == 0 || context_.size() == 1) return {};
+  if (const auto address = context_.arena.locate(input.data, bytes)) {
+    if (!copyAtOnce) context_.stats.pulledRows += numReceived();
+    return *address;
+  }
+  std::optional<ArenaBlock> block = context_.arena.allocate(bytes);
+  // Only rows are large enough for there to be no block; the landing block serves one array.
+  if (!block && copyAtOnce) throw SystemError(cat("no room for ", bytes, " bytes of weights"));
+  if (!block) block = context_.arena.landing(bytes);
+  ArrayAddress address = block->address;
+  if (copyAtOnce) {
+    context_.kernels.streamCopy(block->data.get(), input.data, bytes);
+    streamFence();
+    address.access = Access::straight;
+  } else {
+    staging_ = block->data.get();
+    address.access = Access::staged;
+    context_.stats.stagedRows += numReceived();
+  }
+  blocks_.push_back(std::move(*block));
+  return address;
+}
+
+void RowReducer::receiveOffers() {
+  CombineEntry entry;
+  entry.signature = request_.signature;
+  entry.rows = rowsAddress_;
+  entry.weights = weightsAddress_;
+  const std::vector<Message> outgoing(sources_.size(), encode(entry));
+  const auto& entries = exchangeEntries(context_, outgoing);
+  for (std::size_t r = 0; r < sources_.size(); ++r) bindSource(r, decode<CombineEntry>(entries[r]));
+}
+
+void RowReducer::bindSource(std::size_t rank, const CombineEntry& entry) {
+  Source& source = sources_[rank];
+  const std::int64_t first = handle_.firstRowAt[rank];
+  source.count = rowsKept(first, handle_.plan->numRows[rank], handle_.capacityAt[rank]);
+  if (source.count == 0) return;
+  const auto skip = static_cast<std::size_t>(first);
+  const auto count = static_cast<std::size_t>(source.count);
+  if (static_cast<int>(rank) == context_.rank()) {
+    source.rows = static_cast<const std::byte*>(request_.inputs.x.data) + skip * rowBytes_;
+    source.weights =
+        static_cast<const std::byte*>(request_.inputs.topkWeights.data) + skip * weightBytes_;
+    return;
+  }
+  Transport& transport = context_.transport;
+  const int peer = static_cast<int>(rank);
+  source.staged = entry.rows.access == Access::staged;
+  source.rows = transport.peerMemory(peer, entry.rows.segment,
+                                     entry.rows.offset + skip * rowBytes_, count * rowBytes_);
+  if (weightBytes_ == 0) return;
+  source.weights =
+      transport.peerMemory(peer, entry.weights.segment, entry.weights.offset + skip * weightBytes_,
+                           count * weightBytes_);
+}
+
+/// Copies the next rows for each of the others. False if none are left.
+bool RowReducer::stageSome() {
+  if (staging_ == nullptr) return false;
+  const auto* input = static_cast<const std::byte*>(request_.inputs.x.data);
+  bool more = false;
+  for (std::size_t r = 0; r < sources_.size(); ++r) {
+    const std::int64_t count = rowsKeptFrom(r);
+    if (static_cast<int>(r) == context_.rank() || staged_ >= count) continue;
+    const std::int64_t end = std::min(staged_ + step_, count);
+    const std::int64_t first = handle_.firstRowFrom[r] + staged_;
+    context_.workers.run(end - staged_, kTokensPerPart, [&](std::int64_t from, std::int64_t to) {
+      const std::size_t offset = static_cast<std::size_t>(first + from) * rowBytes_;
+      std::memcpy(staging_ + offset, input + offset,
+                  static_cast<std::size_t>(to - from) * rowBytes_);
+    });
+    context_.raise(kRowsStaged, static_cast<int>(r), end);
+    more = more || end < count;
+  }
+  staged_ += step_;
+  return more;
+}
+
+void RowReducer::reduceAll() {
+  const bool waits = staging_ != nullptr ||
+                     std::any_of(sources_.begin(), sources_.end(),
+                                 [](const Source& source) { return source.staged; });
+  const std::int64_t step = waits ? step_ : std::max<std::int64_t>(handle_.numTokens, 1);
+  bool staging = stageSome();
+  for (std::int64_t begin = 0; begin < handle_.numTokens; begin += step) {
+    const std::int64_t end = std::min(begin + step, handle_.numTokens);
+    while (staging && !tokensReady(end)) staging = stageSome();
+    context_.transport.wait([&] { return tokensReady(end); },
+                            [] { return std::string("rows that other ranks copy"); });
+    context_.workers.run(end - begin, kTokensPerPart, [&](std::int64_t from, std::int64_t to) {
+      reduceTokens(begin + from, begin + to);
+    });
+    if (staging) staging = stageSome();
+  }
+  while (staging) staging = stageSome();
+}
+
+/// Whether every row of the tokens before `end` can be read.
+bool RowReducer::tokensReady(std::int64_t end) const {
+  for (std::size_t r = 0; r < sources_.size(); ++r) {
+    const Source& source = sources_[r];
+    if (!source.staged) continue;
+    std::int64_t token = end;
+    while (token > 0 && head(token - 1, r) < 0) --token;
+    const std::int64_t needed =
+        token == 0 ? 0 : std::min<std::int64_t>(head(token - 1, r) + 1, source.count);
+    if (context_.raised(kRowsStaged, static_cast<int>(r)) < needed) return false;
+  }
+  return true;
+}
+
+void RowReducer::reduceTokens(std::int64_t begin, std::int64_t end) const {
+  std::vector<const void*> rows;
+  std::vector<const void*> weights;
+  for (std::int64_t token = begin; token < end; ++token) reduceToken(token, rows, weights);
+}
+
+void RowReducer::reduceToken(std::int64_t token, std::vector<const void*>& rows,
+                             std::vector<const void*>& weights) const {
+  const CombineInputs& inputs = request_.inputs;
+  const auto at = static_cast<std::size_t>(token);
+  rows.clear();
+  weights.clear();
+  for (const TensorView* bias : {&inputs.bias0, &inputs.bias1}) {
+    if (*bias) rows.push_back(static_cast<const std::byte*>(bias->data) + at * rowBytes_);
+  }
+  // The sum begins with bias0 + bias1, an absent one being +0. With both there is no +0 in it,
+  // which shows if both are -0.
+  const float start = rows.size() == 2 ? -0.0F : 0.0F;
+  for (std::size_t r = 0; r < sources_.size(); ++r) {
+    const std::int32_t ordinal = head(token, r);
+    if (ordinal < 0 || ordinal >= sources_[r].count) continue;
+    rows.push_back(sources_[r].rows + static_cast<std::size_t>(ordinal) * rowBytes_);
+    weights.push_back(sources_[r].weights + static_cast<std::size_t>(ordinal) * weightBytes_);
+  }
+  const auto type = static_cast<std::size_t>(sumType(inputs.x.dtype));
+  context_.kernels.sum[type](static_cast<std::byte*>(request_.outputs.x.data) + at * rowBytes_,
+                             rows.data(), rows.size(),
+                             static_cast<std::size_t>(request_.signature.hidden), start,
+                             rowBytes_ >= kStreamedRowBytes);
+  if (weightBytes_ == 0) return;
+  const auto weightType = static_cast<std::size_t>(SumType::float32);
+  context_.kernels.sum[weightType](
+      static_cast<std::byte*>(request_.outputs.topkWeights.data) + at * weightBytes_,
+      weights.data(), weights.size(), static_cast<std::size_t>(request_.signature.topk), 0.0F,
+      false);
+}
+
+/// Returns when nobody reads this rank's memory any more.
+void RowReducer::finish() {
+  for (int peer = 0; peer < context_.size(); ++peer) {
+    if (peer != context_.rank()) context_.raise(kRowsRead, peer, 0);
+  }
+  const auto late = [&] {
+    std::vector<int> ranks;
+    for (int peer = 0; peer < context_.size(); ++peer) {
+      if (peer != context_.rank() && context_.raised(kRowsRead, peer) < 0) ranks.push_back(peer);
+    }
+    return ranks;
+  };
+  const auto done = [&] {
+    for (int peer = 0; peer < context_.size(); ++peer) {
+      if (peer != context_.rank() && context_.raised(kRowsRead, peer) < 0) return false;
+    }
+    return true;
+  };
+  context_.transport.wait(done, [&] {
+    const std::vector<int> ranks = late();
+    return cat("rank", ranks.size() == 1 ? " " : "s ", ranks, " to read this rank's rows");
+  });
+}
+
+}  // namespace
+
+void combineRows(Context& context, const CombineRequest& request) {
+  RowReducer(context, request).run();
+}
+
+}  // namespace mscclpp_ep::cpu

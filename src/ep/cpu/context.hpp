@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: MIT
+#ifndef MSCCLPP_EP_CPU_CONTEXT_HPP_
+#define MSCCLPP_EP_CPU_CONTEXT_HPP_
+
+#include <cstdint>
+#include <string>
+
+#include "core/memory_map.hpp"
+#include "cpu/arena.hpp"
+#include "cpu/host_pool.hpp"
+#include "cpu/simd.hpp"
+#include "cpu/workers.hpp"
+#include "mscclpp_ep/buffer.hpp"
+#include "transport/mailbox.hpp"
+#include "transport/transport.hpp"
+
+namespace mscclpp_ep::cpu {
+
+/// The parts of a rank that its operations work with.
+struct Context {
+  Transport& transport;
+  Mailbox& mailbox;
+  Arena& arena;
+  HostPool& pool;
+  Workers& workers;
+  const RowKernels& kernels;
+  BufferStats& stats;
+  std::uint64_t bufferId = 0;
+  std::uint64_t epoch = 0;  ///< of the current operation
+
+  int rank() const { return transport.rank(); }
+  int size() const { return transport.size(); }
+
+  /// Raises a progress word at `peer`: `rows` so far in this operation. The word carries one more,
+  /// so that one never written, which is 0, is no word of an operation whose tag is 0.
+  void raise(Progress which, int peer, std::int64_t rows) const {
+    word(peer, which, rank()).store(packSignal(static_cast<std::uint32_t>(rows + 1), epoch));
+    transport.ring(peer);
+  }
+  /// Rows that `peer` has raised at this rank in this operation; -1: no word of it yet.
+  std::int64_t raised(Progress which, int peer) const {
+    const std::uint64_t signal = word(rank(), which, peer).load();
+    const bool current = signalTag(signal) == static_cast<std::uint32_t>(epoch);
+    return current ? std::int64_t{signalValue(signal)} - 1 : -1;
+  }
+
+ private:
+  SharedWord& word(int owner, Progress which, int writer) const {
+    const ControlMap map(size());
+    return sharedWord(transport.control(owner), map.progress(Lane::highThroughput, which, writer));
+  }
+};
+
+}  // namespace mscclpp_ep::cpu
+
+#endif  // MSCCLPP_EP_CPU_CONTEXT_HPP_

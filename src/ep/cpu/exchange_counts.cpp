@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: MIT
+#include <limits>
+#include <numeric>
+
+#include "cpu/dispatch.hpp"
+#include "cpu/rounds.hpp"
+
+namespace mscclpp_ep::cpu {
+
+namespace {
+
+/// Counts of this rank's choices, by the rank that holds the experts.
+std::vector<std::vector<std::int32_t>> countsByRank(const Context& context,
+                                                    const DispatchRequest& request) {
+  std::vector<std::vector<std::int32_t>> counts(static_cast<std::size_t>(context.size()));
+  if (request.cached != nullptr) return counts;
+  const TensorView& tensor = request.inputs.numTokensPerExpert;
+  const std::span perExpert(static_cast<const std::int32_t*>(tensor.data),
+                            static_cast<std::size_t>(tensor.shape[0]));
+  for (int r = 0; r < context.size(); ++r) {
+    counts[static_cast<std::size_t>(r)] = request.placement->localPart(r, perExpert);
+  }
+  return counts;
+}
+
+/// Whether every rank's counts fit into the slot of an entry. If not, all go in a round of their
+/// own, into which a rank enters only when all take part: nobody may stop reading half-way.
+bool countsFitEntry(const std::vector<std::vector<std::int32_t>>& counts) {
+  std::size_t most = 0;
+  for (const auto& part : counts) most = std::max(most, part.size());
+  return sizeof(DispatchEntry) + most * sizeof(std::int32_t) <= kSlotPayload;
+}
+
+void addCounts(const Message& message, std::size_t offset, std::vector<std::int64_t>& sums) {
+  if (message.size() - offset != sums.size() * sizeof(std::int32_t)) {
+    throw PeerFailure("a rank sent counts for another number of experts");
+  }
+  for (std::size_t expert = 0; expert < sums.size(); ++expert) {
+    std::int32_t count = 0;
+    std::memcpy(&count, message.data() + offset + expert * sizeof(count), sizeof(count));
+    sums[expert] += count;
+  }
+}
+
+void exchangeLongCounts(Context& context, const std::vector<std::vector<std::int32_t>>& counts,
+                        std::vector<std::int64_t>& sums) {
+  std::vector<Message> outgoing;
+  for (const auto& part : counts) {
+    const auto bytes = std::as_bytes(std::span(part));
+    outgoing.emplace_back(bytes.begin(), bytes.end());
+  }
+  for (const Message& message :
+       context.mailbox.exchange(context.epoch, static_cast<std::uint32_t>(Round::counts), outgoing,
+                                "the counts per expert")) {
+    addCounts(message, 0, sums);
+  }
+}
+
+}  // namespace
+
+DispatchPlan exchangeCounts(Context& context, const DispatchRequest& request) {
+  const auto counts = countsByRank(context, request);
+  const bool inEntry = countsFitEntry(counts);
+  std::vector<Message> outgoing;
+  for (std::size_t r = 0; r < counts.size(); ++r) {
+    DispatchEntry entry;
+    entry.signature = request.signature;
+    entry.numRows = request.plan->numRows[r];
+    entry.numCounts = static_cast<std::int64_t>(counts[r].size());
+    outgoing.push_back(inEntry ? encode(entry, counts[r]) : encode(entry));
+  }
+
+  DispatchPlan plan;
+  plan.perExpert.resize(counts[static_cast<std::size_t>(context.rank())].size());
+  for (const Message& message : exchangeEntries(context, outgoing)) {
+    plan.numRowsFrom.push_back(decode<DispatchEntry>(message).numRows);
+    if (inEntry) addCounts(message, sizeof(DispatchEntry), plan.perExpert);
+  }
+  if (!inEntry) exchangeLongCounts(context, counts, plan.perExpert);
+
+  plan.firstRowFrom = exclusivePrefixSum(plan.numRowsFrom);
+  plan.numRecv = std::reduce(plan.numRowsFrom.begin(), plan.numRowsFrom.end());
+  plan.numRows = plan.numRecv;
+  if (request.cached != nullptr) {
+    plan.perExpert = request.cached->perExpert;
+    plan.numRows = request.cached->numRows;
+  } else if (request.options.numWorstTokens > 0) {
+    plan.numRows = request.options.numWorstTokens;
+  }
+  if (plan.numRecv > std::numeric_limits<std::int32_t>::max()) {
+    const std::string why = cat(plan.numRecv, " rows would be received; at most 2^31 - 1 can be");
+    abandonRows(context, Verdict::noRoom, why);
+    throw OperationRefused{std::make_exception_ptr(InvalidArgument(why))};
+  }
+  return plan;
+}
+
+}  // namespace mscclpp_ep::cpu

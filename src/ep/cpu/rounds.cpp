@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: MIT
+#include "cpu/rounds.hpp"
+
+namespace mscclpp_ep::cpu {
+
+const std::vector<Message>& exchangeEntries(Context& context,
+                                            const std::vector<Message>& outgoing) {
+  const auto& entries =
+      context.mailbox.exchange(context.epoch, static_cast<std::uint32_t>(Round::entry), outgoing,
+                               "the entry into the operation");
+  std::vector<Status> statuses;
+  std::vector<Signature> signatures;
+  for (const Message& entry : entries) {
+    const auto head = decode<EntryHead>(entry);
+    statuses.push_back(head.status);
+    signatures.push_back(head.signature);
+  }
+  const auto own = static_cast<std::size_t>(context.rank());
+  requireAll(statuses, name(static_cast<Operation>(signatures[own].operation)));
+  requireAgreement(signatures);
+  return entries;
+}
+
+void postRefusal(Context& context, Operation operation, std::string_view why) {
+  EntryHead head;
+  head.signature.operation = static_cast<std::uint32_t>(operation);
+  head.status = refusal(Verdict::rejected, why);
+  const std::vector<Message> outgoing(static_cast<std::size_t>(context.size()), encode(head));
+  context.mailbox.post(context.epoch, static_cast<std::uint32_t>(Round::entry), outgoing,
+                       "room for a message");
+}
+
+}  // namespace mscclpp_ep::cpu

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: MIT
+// Rounds of messages that begin every operation, and what they carry.
+#ifndef MSCCLPP_EP_CPU_ROUNDS_HPP_
+#define MSCCLPP_EP_CPU_ROUNDS_HPP_
+
+#include <cstring>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "core/agreement.hpp"
+#include "core/check.hpp"
+#include "cpu/context.hpp"
+
+namespace mscclpp_ep::cpu {
+
+/// The bytes of a record, with `extra` behind it.
+template <typename Record>
+Message encode(const Record& record, std::span<const std::int32_t> extra = {}) {
+  Message message(sizeof(record) + extra.size_bytes());
+  std::memcpy(message.data(), &record, sizeof(record));
+  if (!extra.empty()) std::memcpy(message.data() + sizeof(record), extra.data(), extra.size_bytes());
+  return message;
+}
+
+/// The record at the beginning of a message, which a peer wrote: it may be too short.
+template <typename Record>
+Record decode(const Message& message) {
+  if (message.size() < sizeof(Record)) throw PeerFailure("a rank sent a malformed message");
+  Record record;
+  std::memcpy(&record, message.data(), sizeof(record));
+  return record;
+}
+
+/// Exchanges the entries of an operation, each of which begins with an EntryHead, and returns those
+/// of all ranks. Throws OperationRefused unless every rank takes part in the same operation.
+const std::vector<Message>& exchangeEntries(Context& context, const std::vector<Message>& outgoing);
+
+/// Takes part in an operation by refusing it.
+void postRefusal(Context& context, Operation operation, std::string_view why);
+
+}  // namespace mscclpp_ep::cpu
+
+#endif  // MSCCLPP_EP_CPU_ROUNDS_HPP_

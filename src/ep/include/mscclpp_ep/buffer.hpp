@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: MIT
+#ifndef MSCCLPP_EP_BUFFER_HPP_
+#define MSCCLPP_EP_BUFFER_HPP_
+
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <span>
+#include <string_view>
+
+#include "mscclpp_ep/bootstrap.hpp"
+#include "mscclpp_ep/export.hpp"
+#include "mscclpp_ep/handle.hpp"
+#include "mscclpp_ep/options.hpp"
+#include "mscclpp_ep/tensor.hpp"
+
+namespace mscclpp_ep {
+
+/// The collective operations; each call of one takes the next epoch on every rank.
+enum class Operation : std::uint32_t { dispatch = 1, cachedDispatch = 2, combine = 3 };
+
+/// Where the memory of a buffer is.
+struct BufferStats {
+  std::int64_t arenaBytes = 0;    ///< of all segments, the landing block included
+  std::int64_t heldBytes = 0;     ///< of blocks in use by results that live
+  std::int64_t landingBytes = 0;  ///< of the landing block
+  std::int64_t pooledBytes = 0;   ///< ordinary memory, in use or kept for reuse
+  std::int64_t straightRows = 0;  ///< rows received in place so far
+  std::int64_t landedRows = 0;    ///< rows received by way of the landing block so far
+  std::int64_t pulledRows = 0;    ///< rows that peers could read from the caller's memory so far
+  std::int64_t stagedRows = 0;    ///< rows that a combine had to copy for its peers so far
+};
+
+/// Dispatch and combine of the tokens of a mixture-of-experts layer over the ranks of a group.
+///
+/// Collective calls (dispatch, combine, destroy) are made by every rank in the same order. One
+/// thread at a time uses a buffer; its results may be used, copied and dropped by any thread.
+/// On the CPU a call returns with its outputs complete. Calls throw the classes of error.hpp.
+class MSCCLPP_EP_API Buffer {
+ public:
+  /// Connects the ranks of `bootstrap`; collective.
+  explicit Buffer(Bootstrap& bootstrap, const BufferOptions& options = {});
+  Buffer(Buffer&&) noexcept;
+  Buffer& operator=(Buffer&&) noexcept;
+  /// Leaves without waiting for anybody, and never throws. Ranks still in an operation with this
+  /// one throw PeerFailure: call destroy() first.
+  ~Buffer();
+
+  int rank() const;
+  int size() const;
+  const BufferOptions& options() const;  ///< with defaults filled in
+
+  /// Counts tokens per rank and per expert. Local: no other rank takes part.
+  void getDispatchLayout(const TensorView& topkIdx, std::int64_t numExperts,
+                         const LayoutOutputs& outputs, const CallOptions& call = {}) const;
+
+  /// Exchanges counts. The inputs must live until the dispatch is finished.
+  PendingDispatch beginDispatch(const DispatchInputs& inputs, const DispatchOptions& options = {},
+                                const CallOptions& call = {});
+  /// Repeats the routing of `handle` for other rows; only `x` and `scales` may be given. Finishing
+  /// it gives a handle of the same routing.
+  PendingDispatch beginCachedDispatch(const DispatchInputs& inputs, const DispatchHandle& handle,
+                                      const CallOptions& call = {});
+  /// Moves the rows. Consumes `pending`, also if it throws. No other collective operation may come
+  /// between the two calls.
+  DispatchHandle finishDispatch(PendingDispatch pending, const DispatchOutputs& outputs);
+
+  /// Ends a dispatch that cannot be finished; the other ranks throw PeerFailure with the reason.
+  void abandonDispatch(PendingDispatch pending, std::string_view why);
+
+  /// Sums, per token, the rows that `handle`'s dispatch made of it: in float32, the biases first,
+  /// then ranks in ascending order, rounded once. Outputs overlap no input.
+  void combine(const CombineInputs& inputs, const DispatchHandle& handle,
+               const CombineOutputs& outputs, const CallOptions& call = {});
+
+  /// Takes part in the next collective operation by refusing it: for callers that find their own
+  /// arguments wrong before they can call the operation. The other ranks throw PeerFailure.
+  void refuse(Operation operation, std::string_view why);
+
+  /// Memory for rows. In the arena if it has room or can grow, else recycled ordinary memory.
+  Tensor empty(std::span<const std::int64_t> shape, DataType dtype);
+  Tensor empty(std::initializer_list<std::int64_t> shape, DataType dtype);
+  /// Recycled ordinary memory: for outputs that no peer writes.
+  Tensor emptyLocal(std::span<const std::int64_t> shape, DataType dtype);
+
+  /// Throws what was noticed since the last call without a call to throw it from: rows dropped
+  /// because `numWorstTokens` was too small, or the error that ended the buffer.
+  void check();
+  /// From now on the arena does not grow: results that find no room take the landing block.
+  void freeze();
+  BufferStats stats() const;
+
+  /// Waits, within the timeout, until no peer uses this rank's memory any more, and lets go of it;
+  /// results stay valid. Collective; calling it again does nothing.
+  void destroy();
+  /// Lets go without waiting for anybody, as the destructor does: for a rank that has failed.
+  void leave() noexcept;
+  bool destroyed() const;
+
+ private:
+  class MSCCLPP_EP_LOCAL Impl;
+  MSCCLPP_EP_LOCAL Impl& impl() const;  ///< throws InvalidArgument if this was moved from
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace mscclpp_ep
+
+#endif  // MSCCLPP_EP_BUFFER_HPP_

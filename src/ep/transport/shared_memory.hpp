@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: MIT
+#ifndef MSCCLPP_EP_TRANSPORT_SHARED_MEMORY_HPP_
+#define MSCCLPP_EP_TRANSPORT_SHARED_MEMORY_HPP_
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/memory_map.hpp"
+#include "transport/connect.hpp"
+#include "transport/segment.hpp"
+#include "transport/transport.hpp"
+
+namespace mscclpp_ep {
+
+struct SharedMemoryOptions {
+  ConnectOptions connect;
+  std::function<void()> pollInterrupt;
+};
+
+/// The ranks of one host, as processes or as threads.
+class SharedMemory final : public Transport {
+ public:
+  SharedMemory(Bootstrap& bootstrap, SharedMemoryOptions options);
+  ~SharedMemory() override;
+
+  int rank() const override { return rank_; }
+  int size() const override { return static_cast<int>(peers_.size()); }
+  int ranksOnHost() const override { return size(); }
+  std::byte* control(int peer) const override { return at(peer).control->data(); }
+  void ring(int peer) override { doorbell(peer).ring(); }
+  SharedBlock share(std::size_t bytes) override;
+  void unshare(std::uint32_t id) override;
+  std::byte* peerMemory(int peer, std::uint32_t id, std::uint64_t offset,
+                        std::size_t bytes) override;
+  void beginOperation(const char* name, std::uint64_t epoch) override;
+  void giveUp() noexcept override;
+  void leave() override;
+
+ protected:
+  void waitAsleep(const std::function<bool()>& ready,
+                  const std::function<std::string()>& missing) override;
+
+ private:
+  struct Peer {
+    PeerLink link;
+    std::shared_ptr<Segment> control;
+    std::map<std::uint32_t, std::shared_ptr<Segment>> segments;
+    bool gone = false;  ///< its process has ended
+  };
+
+  const Peer& at(int peer) const { return peers_[static_cast<std::size_t>(peer)]; }
+  Peer& at(int peer) { return peers_[static_cast<std::size_t>(peer)]; }
+  bool isThread(int peer) const { return at(peer).link.localRank != 0; }
+  Doorbell doorbell(int peer) const;
+  SharedWord& word(int peer, std::size_t offset) const {
+    return sharedWord(control(peer), offset);
+  }
+
+  void announce(std::uint32_t id, std::size_t bytes, int fd);
+  std::shared_ptr<Segment> findSegment(int peer, std::uint32_t id);
+  std::shared_ptr<Segment> findThreadsSegment(int peer, std::uint32_t id);
+  void takeMessages(int peer);
+  void lookAtPeers();
+  bool departed(int peer) const;
+  void throwIfPeerFailed(const std::string& missing) const;
+  std::string describe() const;
+
+  const int rank_;
+  const ControlMap map_;
+  const std::uint64_t localRank_;
+  const std::chrono::duration<double> timeout_;
+  const std::function<void()> pollInterrupt_;
+  std::vector<Peer> peers_;
+  std::uint32_t nextSegment_ = 1;
+  const char* operation_ = "connecting";
+  std::uint64_t epoch_ = 0;
+};
+
+}  // namespace mscclpp_ep
+
+#endif  // MSCCLPP_EP_TRANSPORT_SHARED_MEMORY_HPP_

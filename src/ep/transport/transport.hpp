@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: MIT
+// How the memory of the other ranks of a domain is reached. Knows nothing of tokens or experts.
+#ifndef MSCCLPP_EP_TRANSPORT_TRANSPORT_HPP_
+#define MSCCLPP_EP_TRANSPORT_TRANSPORT_HPP_
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "transport/wait.hpp"
+
+namespace mscclpp_ep {
+
+/// Memory of this rank's that peers can map by its id.
+struct SharedBlock {
+  std::uint32_t id = 0;
+  std::byte* data = nullptr;
+  std::size_t bytes = 0;
+  std::shared_ptr<void> owner;  ///< keeps the memory mapped, also after the transport has gone
+};
+
+class Transport {
+ public:
+  Transport() = default;
+  Transport(const Transport&) = delete;
+  Transport& operator=(const Transport&) = delete;
+  virtual ~Transport() = default;
+
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+  virtual int ranksOnHost() const = 0;
+
+  /// The control segment of `peer` (core/memory_map.hpp says what is where), mapped here.
+  virtual std::byte* control(int peer) const = 0;
+  /// Wakes `peer` after a store to its control segment.
+  virtual void ring(int peer) = 0;
+
+  /// Shares new memory with every peer.
+  virtual SharedBlock share(std::size_t bytes) = 0;
+  /// Lets peers forget memory that was shared. None of them may be using it.
+  virtual void unshare(std::uint32_t id) = 0;
+  /// Bytes of a peer's shared memory, mapped here. Throws PeerFailure if there are none such.
+  virtual std::byte* peerMemory(int peer, std::uint32_t id, std::uint64_t offset,
+                                std::size_t bytes) = 0;
+
+  /// Names what the next waits belong to, for their messages.
+  virtual void beginOperation(const char* name, std::uint64_t epoch) = 0;
+
+  /// Returns when `ready()` is true. Throws Timeout or PeerFailure, saying that it waited for
+  /// `missing()`, if that does not come or cannot come any more; what pollInterrupt throws passes.
+  template <typename Ready, typename Missing>
+  void wait(const Ready& ready, const Missing& missing) {
+    if (spinUntil(ready, spinLimit_)) return;
+    waitAsleep(std::cref(ready), std::cref(missing));
+  }
+
+  /// Tells the peers that this rank has failed and takes part in nothing any more.
+  virtual void giveUp() noexcept = 0;
+  /// Tells the peers that this rank goes, and waits until all have said so or are gone. Throws
+  /// Timeout.
+  virtual void leave() = 0;
+
+ protected:
+  virtual void waitAsleep(const std::function<bool()>& ready,
+                          const std::function<std::string()>& missing) = 0;
+
+  std::chrono::nanoseconds spinLimit_{};
+};
+
+}  // namespace mscclpp_ep
+
+#endif  // MSCCLPP_EP_TRANSPORT_TRANSPORT_HPP_

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: MIT
+// Tensors of any framework, in and out.
+#ifndef MSCCLPP_EP_PYTHON_ARRAY_HPP_
+#define MSCCLPP_EP_PYTHON_ARRAY_HPP_
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <optional>
+
+#include "mscclpp_ep/tensor.hpp"
+
+namespace mscclpp_ep::python {
+
+namespace nb = nanobind;
+
+/// A tensor of the caller's and the view of it; keeps the tensor alive.
+struct View {
+  nb::ndarray<nb::ro> array;
+  TensorView view;
+};
+
+/// Imports an object by DLPack. `dtype` overrides what DLPack says, for types that the framework
+/// cannot export and passes as integers of the same size. Throws InvalidArgument.
+View importArray(nb::handle object, std::optional<DataType> dtype);
+
+/// Exports to "numpy", "torch" or "dlpack" (any framework with from_dlpack). NumPy gets types that
+/// it does not know as integers of the same size.
+nb::object exportTensor(const Tensor& tensor, const char* framework);
+
+}  // namespace mscclpp_ep::python
+
+#endif  // MSCCLPP_EP_PYTHON_ARRAY_HPP_

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: MIT
+#ifndef MSCCLPP_EP_PYTHON_BIND_HPP_
+#define MSCCLPP_EP_PYTHON_BIND_HPP_
+
+#include <nanobind/nanobind.h>
+
+#include "mscclpp_ep/bootstrap.hpp"
+
+namespace mscclpp_ep::python {
+
+void bindErrors(nanobind::module_& m);
+void bindTypes(nanobind::module_& m);
+void bindBuffer(nanobind::module_& m);
+
+/// Asks a Python group (rank, size, all_gather, barrier) what a Bootstrap is asked.
+class PythonBootstrap final : public Bootstrap {
+ public:
+  /// `group` must outlive this; called with the GIL.
+  explicit PythonBootstrap(nanobind::handle group);
+
+  int rank() const override { return rank_; }
+  int size() const override { return size_; }
+  std::vector<Bytes> allGather(std::span<const std::byte> mine) override;
+  void barrier() override;
+
+ private:
+  nanobind::handle group_;
+  int rank_;
+  int size_;
+};
+
+}  // namespace mscclpp_ep::python
+
+#endif  // MSCCLPP_EP_PYTHON_BIND_HPP_

@@ -1,0 +1,172 @@
+// SPDX-License-Identifier: MIT
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "array.hpp"
+#include "bind.hpp"
+#include "mscclpp_ep/buffer.hpp"
+
+namespace mscclpp_ep::python {
+
+namespace {
+
+using Release = nb::call_guard<nb::gil_scoped_release>;
+
+/// Lets Python handle Ctrl-C while a rank waits.
+void pollSignals() {
+  const nb::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw nb::python_error();
+}
+
+TensorView viewOf(const View* view) { return view == nullptr ? TensorView{} : view->view; }
+TensorView viewOf(const Tensor* tensor) { return tensor == nullptr ? TensorView{} : tensor->view; }
+
+void construct(Buffer* self, nb::handle group, const std::string& device, std::int64_t arenaBytes,
+               std::int64_t maxArenaBytes, double timeout, int numThreads, int ranksPerDomain,
+               std::vector<std::int32_t> expertMap, bool integrityCheck, std::uint64_t firstEpoch) {
+  BufferOptions options;
+  options.device.type = device == "cpu" ? DeviceType::cpu : DeviceType::cuda;
+  options.arenaBytes = arenaBytes;
+  options.maxArenaBytes = maxArenaBytes;
+  options.timeout = std::chrono::duration<double>(timeout);
+  options.numThreads = numThreads;
+  options.ranksPerDomain = ranksPerDomain;
+  options.expertMap = std::move(expertMap);
+  options.integrityCheck = integrityCheck;
+  options.firstEpoch = firstEpoch;
+  options.pollInterrupt = pollSignals;
+  PythonBootstrap bootstrap(group);
+  const nb::gil_scoped_release release;
+  new (self) Buffer(bootstrap, options);
+}
+
+Tensor outputLike(Buffer& buffer, std::initializer_list<std::int64_t> shape, DataType dtype) {
+  return buffer.emptyLocal(std::span(shape.begin(), shape.size()), dtype);
+}
+
+nb::tuple getDispatchLayout(Buffer& buffer, const View& topkIdx, std::int64_t numExperts) {
+  Tensor perRank;
+  Tensor perExpert;
+  Tensor inRank;
+  {
+    const nb::gil_scoped_release release;
+    const std::int64_t ranks = buffer.size();
+    perRank = outputLike(buffer, {ranks}, DataType::int32);
+    // Wrong sizes are left to the library's own checks, which come before it writes anything.
+    perExpert = outputLike(buffer, {std::max<std::int64_t>(numExperts, 0)}, DataType::int32);
+    inRank = outputLike(buffer, {topkIdx.view.shape[0], ranks}, DataType::boolean);
+    buffer.getDispatchLayout(topkIdx.view, numExperts, {perRank.view, perExpert.view, inRank.view});
+  }
+  return nb::make_tuple(perRank, perExpert, inRank);
+}
+
+PendingDispatch beginDispatch(Buffer& buffer, const View* x, const View* scales,
+                              const View* isTokenInRank, const View* numTokensPerRank,
+                              const View* numTokensPerExpert, const View* topkIdx,
+                              const View* topkWeights, std::int64_t expertAlignment,
+                              std::int64_t numWorstTokens) {
+  return buffer.beginDispatch(
+      {viewOf(x), viewOf(scales), viewOf(topkIdx), viewOf(topkWeights), viewOf(isTokenInRank),
+       viewOf(numTokensPerRank), viewOf(numTokensPerExpert)},
+      {.expertAlignment = expertAlignment, .numWorstTokens = numWorstTokens});
+}
+
+PendingDispatch beginCachedDispatch(Buffer& buffer, const View* x, const View* scales,
+                                    const DispatchHandle& handle) {
+  DispatchInputs inputs;
+  inputs.x = viewOf(x);
+  inputs.scales = viewOf(scales);
+  return buffer.beginCachedDispatch(inputs, handle);
+}
+
+DispatchHandle finishDispatch(Buffer& buffer, PendingDispatch& pending, const Tensor* x,
+                              const Tensor* scales, const Tensor* topkIdx,
+                              const Tensor* topkWeights) {
+  return buffer.finishDispatch(
+      std::move(pending), {viewOf(x), viewOf(scales), viewOf(topkIdx), viewOf(topkWeights)});
+}
+
+void combine(Buffer& buffer, const View* x, const DispatchHandle& handle, const View* topkWeights,
+             const View* bias0, const View* bias1, const Tensor* out, const Tensor* outWeights) {
+  buffer.combine({viewOf(x), viewOf(topkWeights), viewOf(bias0), viewOf(bias1)}, handle,
+                 {viewOf(out), viewOf(outWeights)});
+}
+
+Tensor empty(Buffer& buffer, const std::vector<std::int64_t>& shape, DataType dtype, bool arena) {
+  return arena ? buffer.empty(shape, dtype) : buffer.emptyLocal(shape, dtype);
+}
+
+void bindStats(nb::module_& m) {
+  nb::class_<BufferStats>(m, "BufferStats", "Where the memory of a buffer is, and what moved.")
+      .def_ro("arena_bytes", &BufferStats::arenaBytes)
+      .def_ro("held_bytes", &BufferStats::heldBytes)
+      .def_ro("landing_bytes", &BufferStats::landingBytes)
+      .def_ro("pooled_bytes", &BufferStats::pooledBytes)
+      .def_ro("straight_rows", &BufferStats::straightRows)
+      .def_ro("landed_rows", &BufferStats::landedRows)
+      .def_ro("pulled_rows", &BufferStats::pulledRows)
+      .def_ro("staged_rows", &BufferStats::stagedRows);
+}
+
+void bindOperations(nb::class_<Buffer>& buffer) {
+  buffer.def("get_dispatch_layout", &getDispatchLayout, nb::arg("topk_idx"), nb::arg("num_experts"))
+      .def("begin_dispatch", &beginDispatch, nb::arg("x").none(), nb::arg("scales").none(),
+           nb::arg("is_token_in_rank").none(), nb::arg("num_tokens_per_rank").none(),
+           nb::arg("num_tokens_per_expert").none(), nb::arg("topk_idx").none(),
+           nb::arg("topk_weights").none(), nb::arg("expert_alignment"),
+           nb::arg("num_worst_tokens"), Release())
+      .def("begin_cached_dispatch", &beginCachedDispatch, nb::arg("x").none(),
+           nb::arg("scales").none(), nb::arg("handle"), Release())
+      .def("finish_dispatch", &finishDispatch, nb::arg("pending"), nb::arg("x"),
+           nb::arg("scales").none(), nb::arg("topk_idx").none(), nb::arg("topk_weights").none(),
+           Release())
+      .def(
+          "abandon_dispatch",
+          [](Buffer& self, PendingDispatch& pending, const std::string& why) {
+            self.abandonDispatch(std::move(pending), why);
+          },
+          nb::arg("pending"), nb::arg("why"), Release())
+      .def("combine", &combine, nb::arg("x").none(), nb::arg("handle"),
+           nb::arg("topk_weights").none(), nb::arg("bias0").none(), nb::arg("bias1").none(),
+           nb::arg("out"), nb::arg("out_weights").none(), Release())
+      .def(
+          "refuse",
+          [](Buffer& self, Operation operation, const std::string& why) {
+            self.refuse(operation, why);
+          },
+          nb::arg("operation"), nb::arg("why"), Release());
+}
+
+}  // namespace
+
+void bindBuffer(nb::module_& m) {
+  bindStats(m);
+  nb::enum_<Operation>(m, "Operation", "The collective operations.")
+      .value("dispatch", Operation::dispatch)
+      .value("cached_dispatch", Operation::cachedDispatch)
+      .value("combine", Operation::combine);
+  nb::class_<Buffer> buffer(m, "Buffer", "The C++ Buffer; mscclpp_ep.Buffer is the public one.");
+  buffer
+      .def("__init__", &construct, nb::arg("group"), nb::arg("device"), nb::arg("arena_bytes"),
+           nb::arg("max_arena_bytes"), nb::arg("timeout"), nb::arg("num_threads"),
+           nb::arg("ranks_per_domain"), nb::arg("expert_map"), nb::arg("integrity_check"),
+           nb::arg("first_epoch"))
+      .def_prop_ro("rank", &Buffer::rank)
+      .def_prop_ro("size", &Buffer::size)
+      .def_prop_ro("num_threads", [](const Buffer& self) { return self.options().numThreads; })
+      .def_prop_ro("max_arena_bytes",
+                   [](const Buffer& self) { return self.options().maxArenaBytes; })
+      .def_prop_ro("ranks_per_domain",
+                   [](const Buffer& self) { return self.options().ranksPerDomain; })
+      .def("empty", &empty, nb::arg("shape"), nb::arg("dtype"), nb::arg("arena"), Release())
+      .def("check", &Buffer::check)
+      .def("freeze", &Buffer::freeze)
+      .def("stats", &Buffer::stats)
+      .def("destroy", &Buffer::destroy, Release())
+      .def("leave", &Buffer::leave)
+      .def_prop_ro("destroyed", &Buffer::destroyed);
+  bindOperations(buffer);
+}
+
+}  // namespace mscclpp_ep::python

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: MIT
+"""Thousands of mixed operations, delayed at random on each rank, with every result checked."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.programs import sequences
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(3)
+def test_soak(ranks, seed):
+    ranks.check(sequences.soak, 2000, seed, timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(8)
+def test_soak_with_more_ranks_than_cores(ranks, seed):
+    ranks.check(sequences.soak, 200, seed, timeout=120)

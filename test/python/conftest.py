@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT
+"""Fixtures of every test: pools of ranks, and a seed that is printed when a test fails."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from harness.backend import BACKENDS
+from harness.pool import Pool, Pools
+
+SIZES = (1, 2, 3, 4, 8)
+MODES = ("process", "thread")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend",
+        action="append",
+        choices=sorted(BACKENDS),
+        help="backend to run the conformance suite on; may be repeated (default: cpu)",
+    )
+    parser.addoption("--seed", type=int, help="seed of all random inputs (default: a fresh one)")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "ranks(*sizes, modes=...): pools that a test runs on")
+
+
+def pytest_generate_tests(metafunc):
+    """Runs a test that takes `ranks` on every backend, mode and number of ranks that it wants."""
+    if "ranks" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("ranks")
+    sizes = (marker and marker.args) or SIZES
+    modes = marker.kwargs.get("modes", MODES) if marker else MODES
+    backends = metafunc.config.getoption("--backend") or ["cpu"]
+    keys = [(size, mode, backend) for backend in backends for mode in modes for size in sizes]
+    names = [f"{backend}-{mode}-{size}" for size, mode, backend in keys]
+    metafunc.parametrize("ranks", keys, ids=names, indirect=True)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if {"ranks", "doomed"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.multirank)
+
+
+@pytest.fixture(scope="session")
+def pools():
+    pools = Pools()
+    yield pools
+    pools.close()
+
+
+@pytest.fixture
+def ranks(request, pools) -> Pool:
+    """A pool of ranks, shared with other tests; a new one if the last test broke it."""
+    return pools.get(*request.param)
+
+
+@pytest.fixture
+def doomed(request):
+    """Makes pools of processes that a test may kill."""
+    made = []
+
+    def make(size: int) -> Pool:
+        backend = (request.config.getoption("--backend") or ["cpu"])[0]
+        made.append(Pool(size, "process", backend, patient=True))
+        return made[-1]
+
+    yield make
+    for pool in made:
+        pool.broken = True
+        pool.close()
+
+
+@pytest.fixture
+def seed(request) -> int:
+    """A fresh seed; `pytest --seed N` repeats a failure."""
+    chosen = request.config.getoption("--seed")
+    value = secrets.randbits(32) if chosen is None else chosen
+    print(f"\nseed: {value}")
+    return value
