@@ -8,7 +8,7 @@ from mscclpp_ep._core import (
     InvalidArgument,
     NotBuilt,
     PeerFailure,
-    SystemError,  # noqa: A004 - the name of the C++ class
+    SystemError,
     Timeout,
     build_info,
 )

@@ -48,7 +48,6 @@ class _NumPy(Framework):
         super().__init__(np)
 
     def view(self, array: Array) -> _core.View:
-        array = np.asarray(array)
         if array.dtype.kind == "V" or not array.dtype.isbuiltin:
             known = _DTYPES.get(array.dtype.name)
             if known is None:

@@ -9,7 +9,6 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 from mscclpp_ep._core import Error, InvalidArgument, PeerFailure, Timeout
-
 from mscclpp_ep._rendezvous_wire import name_ranks, same_error, split
 
 if TYPE_CHECKING:

@@ -17,9 +17,8 @@ import socket
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from mscclpp_ep._core import Error, InvalidArgument, SystemError, Timeout
-
 from mscclpp_ep import _rendezvous_wire as wire
+from mscclpp_ep._core import Error, InvalidArgument, SystemError, Timeout
 from mscclpp_ep._rendezvous_lobby import Lobby
 from mscclpp_ep._rendezvous_star import Hub, Spoke
 from mscclpp_ep._rendezvous_wire import HANDSHAKE_SECONDS, Connection, Deadline

@@ -23,7 +23,6 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from mscclpp_ep._core import Error, InvalidArgument, PeerFailure, SystemError, Timeout
-
 from mscclpp_ep._rendezvous_wire import Deadline, name_ranks, same_error
 
 if TYPE_CHECKING:

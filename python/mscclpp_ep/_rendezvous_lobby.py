@@ -8,9 +8,8 @@ import secrets
 import selectors
 from typing import TYPE_CHECKING
 
-from mscclpp_ep._core import Error, Timeout
-
 from mscclpp_ep import _rendezvous_wire as wire
+from mscclpp_ep._core import Error, Timeout
 from mscclpp_ep._rendezvous_star import out_of_step, send_to, tell_status
 from mscclpp_ep._rendezvous_wire import Connection, Deadline, Frame, name_ranks
 

@@ -10,9 +10,8 @@ import selectors
 import struct
 from typing import TYPE_CHECKING, Protocol
 
-from mscclpp_ep._core import Error, InvalidArgument, PeerFailure, Timeout
-
 from mscclpp_ep import _rendezvous_wire as wire
+from mscclpp_ep._core import Error, InvalidArgument, PeerFailure, Timeout
 from mscclpp_ep._rendezvous_wire import Connection, Deadline, Frame, name_ranks, same_error
 
 if TYPE_CHECKING:

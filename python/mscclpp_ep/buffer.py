@@ -41,7 +41,7 @@ class Buffer:
 
     num_sms: ClassVar[int] = 20
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - DeepEP's arguments, in its order
         self,
         group: Any = None,
         num_nvl_bytes: int = 0,
@@ -196,7 +196,7 @@ class Buffer:
 
     # Dispatch
 
-    def dispatch(
+    def dispatch(  # noqa: PLR0917 - DeepEP's arguments, in its order
         self,
         x: Array | tuple[Array, Array],
         handle: DispatchHandle | None = None,
@@ -214,14 +214,7 @@ class Buffer:
         allocate_on_comm_stream: bool = False,
         *,
         stream: object = None,
-    ) -> tuple[
-        Array | tuple[Array, Array],
-        Array | None,
-        Array | None,
-        list[int] | None,
-        DispatchHandle | None,
-        EventOverlap,
-    ]:
+    ) -> tuple[Array, Array, Array, Any, Any, EventOverlap]:
         """Sends each token to the ranks that hold its experts, once a rank. Collective.
 
         Rows arrive in order of (source rank, source token).
@@ -246,10 +239,10 @@ class Buffer:
             stream: None on the CPU.
 
         Returns:
-            `recv_x` [N, H], or a pair of it and the scales [N, S]; `recv_topk_idx` [N, K] with local
-            ids, -1 for choices held elsewhere; `recv_topk_weights` [N, K], 0 there; rows per local
-            expert, rounded up, as a list (empty with `num_worst_tokens`); the handle; an event.
-            With `handle`, all but the first and the last are None.
+            `recv_x` [N, H], or a pair of it and the scales [N, S]; `recv_topk_idx` [N, K] with
+            local ids, -1 for choices held elsewhere; `recv_topk_weights` [N, K], 0 there; rows per
+            local expert, rounded up, as a list (empty with `num_worst_tokens`); the handle; an
+            event. With `handle`, all but the first and the last are None.
 
         Raises:
             InvalidArgument: An argument is wrong, or the ranks disagree; nothing was sent.
@@ -281,9 +274,19 @@ class Buffer:
 
         framework, views, alignment, worst = self._or_refuse(operation, convert)
         if handle is None:
-            pending = self._core.begin_dispatch(*views, alignment, worst)
+            pending = self._core.begin_dispatch(
+                x=views[0],
+                scales=views[1],
+                is_token_in_rank=views[2],
+                num_tokens_per_rank=views[3],
+                num_tokens_per_expert=views[4],
+                topk_idx=views[5],
+                topk_weights=views[6],
+                expert_alignment=alignment,
+                num_worst_tokens=worst,
+            )
         else:
-            pending = self._core.begin_cached_dispatch(views[0], views[1], handle._core)
+            pending = self._core.begin_cached_dispatch(views[0], views[1], handle.core)
         counts = pending.num_recv_tokens_per_expert
         arrays = x if isinstance(x, tuple) else (x,)
         sources = [*arrays, *([None] * (2 - len(arrays))), topk_idx, topk_weights]
@@ -371,7 +374,7 @@ class Buffer:
         framework, (x_view, weights_view, bias0_view, bias1_view) = self._or_refuse(
             Operation.combine, convert
         )
-        core = handle._core
+        core = handle.core
         out, out_weights = self._or_refuse(
             Operation.combine, lambda: self._combined(core, x, topk_weights, x_view, weights_view)
         )
@@ -500,7 +503,7 @@ class Buffer:
     ) -> tuple[Array | None, Array | None]:
         if not isinstance(bias, tuple):
             return bias, None
-        if len(bias) != 2:  # noqa: PLR2004
+        if len(bias) != 2:
             msg = f"bias is a tuple of {len(bias)}; it must be one tensor or two"
             raise InvalidArgument(msg)
         return bias[0], bias[1]
@@ -585,7 +588,7 @@ def _not_built(feature: str) -> NoReturn:
 
 def _device_name(device: Any) -> str:
     name = "cpu" if device is None else str(device)
-    if name == "cpu" or name == "cuda" or name.startswith("cuda:"):
+    if name in {"cpu", "cuda"} or name.startswith("cuda:"):
         return name.split(":", maxsplit=1)[0]
     msg = f'device is {device!r}; it must be "cpu", "cuda" or "cuda:N"'
     raise InvalidArgument(msg)
@@ -609,7 +612,7 @@ def _check_call(
         raise InvalidArgument(msg)
 
 
-def _check_config(config: Config | None) -> None:
+def _check_config(config: object) -> None:
     if config is not None and not isinstance(config, Config):
         msg = f"config is a {type(config).__name__}; it must be a Config or None"
         raise InvalidArgument(msg)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mscclpp_ep._core import InvalidArgument
-
 from mscclpp_ep._group_channels import Board, LocalChannel, MpiChannel, TorchChannel
 from mscclpp_ep._rendezvous import connect, env_int, place_from_env
 from mscclpp_ep._rendezvous_files import FileChannel
@@ -89,10 +88,11 @@ class Group:
         if self._channel is None:
             msg = "this group is closed; make another"
             raise InvalidArgument(msg)
-        if not isinstance(data, (bytes, bytearray, memoryview)):
-            msg = f"data is a {type(data).__name__}; bytes, bytearray and memoryview are accepted"
+        given: object = data
+        if not isinstance(given, (bytes, bytearray, memoryview)):
+            msg = f"data is a {type(given).__name__}; bytes, bytearray and memoryview are accepted"
             raise InvalidArgument(msg)
-        return self._channel.all_gather(bytes(data))
+        return self._channel.all_gather(bytes(given))
 
     def barrier(self) -> None:
         """Return when all ranks have called it; errors as `all_gather`."""

@@ -27,12 +27,13 @@ class DispatchHandle(tuple["Array", ...]):
     5. `send_head`, int32 [T, R]: the ordinal of each token among those sent to a rank, or -1.
 
     Attributes:
+        core: The handle of the C++ library.
         num_recv_tokens: Rows that came; more than N if `num_worst_tokens` was too small.
         num_recv_tokens_per_expert: int32 [L], not rounded up.
         epoch: Number of the dispatch, the same on every rank.
     """
 
-    _core: _core.DispatchHandle
+    core: _core.DispatchHandle
     num_recv_tokens: int
     num_recv_tokens_per_expert: Array
     epoch: int
@@ -55,7 +56,7 @@ class DispatchHandle(tuple["Array", ...]):
                 framework.export(core.send_head),
             )
         )
-        handle._core = core
+        handle.core = core
         handle.num_recv_tokens = core.num_recv_tokens
         per_expert = np.array(core.num_recv_tokens_per_expert, np.int32)
         handle.num_recv_tokens_per_expert = int32_array(framework, per_expert)

@@ -118,7 +118,7 @@ void bindOperations(nb::class_<Buffer>& buffer) {
            nb::arg("num_worst_tokens"), Release())
       .def("begin_cached_dispatch", &beginCachedDispatch, nb::arg("x").none(),
            nb::arg("scales").none(), nb::arg("handle"), Release())
-      .def("finish_dispatch", &finishDispatch, nb::arg("pending"), nb::arg("x"),
+      .def("finish_dispatch", &finishDispatch, nb::arg("pending"), nb::arg("x").none(),
            nb::arg("scales").none(), nb::arg("topk_idx").none(), nb::arg("topk_weights").none(),
            Release())
       .def(

@@ -3,12 +3,28 @@
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 
+#include "array.hpp"
 #include "bind.hpp"
-#include "mscclpp_ep/build_info.hpp"
+#include "mscclpp_ep/diagnostics.hpp"
+
+namespace {
+
+using Bytes = nanobind::ndarray<std::uint8_t, nanobind::ndim<1>, nanobind::c_contig>;
+using ConstBytes = nanobind::ndarray<const std::uint8_t, nanobind::ndim<1>, nanobind::c_contig>;
+
+void streamCopy(const Bytes& out, const ConstBytes& in) {
+  const std::size_t bytes = std::min(out.size(), in.size());
+  const nanobind::gil_scoped_release release;
+  mscclpp_ep::streamCopy(out.data(), in.data(), bytes);
+}
+
+}  // namespace
 
 NB_MODULE(_core, m) {
   m.doc() = "The C++ library, as mscclpp_ep's Python code calls it. Not a public interface.";
   m.def("build_info", &mscclpp_ep::buildInfo, "What this build has; \"no\" for what it lacks.");
+  m.def("stream_copy", &streamCopy, nanobind::arg("out").noconvert(), nanobind::arg("src"),
+        "Copies bytes as rows are: for measuring what the memory allows.");
   mscclpp_ep::python::bindErrors(m);
   mscclpp_ep::python::bindTypes(m);
   mscclpp_ep::python::bindBuffer(m);

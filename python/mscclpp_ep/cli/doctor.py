@@ -61,7 +61,7 @@ def _self_test() -> dict[str, Any]:
     return {"passed": True, "rows": sum(rows)}
 
 
-def exchange(rank: Rank, _: None) -> int:
+def exchange(rank: Rank, _config: None) -> int:
     """Dispatch small integers and combine them unchanged, which must give exact multiples.
 
     Returns:

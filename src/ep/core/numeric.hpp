@@ -15,8 +15,8 @@ namespace mscclpp_ep {
 inline constexpr std::uint16_t kNan16 = 0x7FFF;
 inline constexpr std::uint32_t kNan32 = 0x7FFFFFFF;
 
-/// `condition ? yes : no` by masks. Compilers make branches of the other, and then no vectors of
-/// the loops over these functions.
+/// `condition ? yes : no` by masks. Where a side is computed in floating point, compilers make a
+/// branch of the operator, and no vectors of the loops around it.
 constexpr std::uint32_t selectBits(bool condition, std::uint32_t yes, std::uint32_t no) {
   const std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
   return (yes & mask) | (no & ~mask);
@@ -28,7 +28,7 @@ constexpr bool isNanBits(std::uint32_t bits) { return (bits & 0x7FFFFFFFu) > 0x7
 /// `value`, or the one NaN that is written.
 constexpr float canonicalFloat(float value) {
   const auto bits = std::bit_cast<std::uint32_t>(value);
-  return std::bit_cast<float>(selectBits(isNanBits(bits), kNan32, bits));
+  return std::bit_cast<float>(isNanBits(bits) ? kNan32 : bits);
 }
 
 constexpr float floatFromBfloat16(std::uint16_t bits) {

@@ -187,6 +187,7 @@ void SharedMemory::beginOperation(const char* name, std::uint64_t epoch) {
 }
 
 void SharedMemory::throwIfPeerFailed(const std::string& missing) const {
+  if (leaving_) return;
   for (int peer = 0; peer < size(); ++peer) {
     if (peer == rank_) continue;
     if (word(rank_, map_.abortWord(peer)).load() != 0) {
@@ -236,6 +237,7 @@ void SharedMemory::giveUp() noexcept {
 
 void SharedMemory::leave() {
   beginOperation("destroy", epoch_);
+  leaving_ = true;
   for (int peer = 0; peer < size(); ++peer) {
     word(peer, map_.goodbye(rank_)).store(1);
     ring(peer);

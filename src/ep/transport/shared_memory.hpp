@@ -77,6 +77,7 @@ class SharedMemory final : public Transport {
   std::uint32_t nextSegment_ = 1;
   const char* operation_ = "connecting";
   std::uint64_t epoch_ = 0;
+  bool leaving_ = false;  ///< peers may be gone by now, and nothing is wrong with that
 };
 
 }  // namespace mscclpp_ep

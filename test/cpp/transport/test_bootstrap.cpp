@@ -3,6 +3,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <csignal>
 #include <cstdint>
 #include <cstdlib>
@@ -11,6 +12,7 @@
 #include <fstream>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <set>
 #include <string>
@@ -153,10 +155,10 @@ void killProcess(pid_t process) {
 
 void waitForFile(const Folder& folder, const std::string& name) {
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
-  while (!folder.has(name)) {
-    REQUIRE(std::chrono::steady_clock::now() < deadline);
+  while (!folder.has(name) && std::chrono::steady_clock::now() < deadline) {
     std::this_thread::yield();
   }
+  REQUIRE(folder.has(name));
 }
 
 // --- What both kinds do -------------------------------------------------------------------------
@@ -366,7 +368,7 @@ std::set<std::string> writeStaleRun(const Folder& folder) {
     folder.write("run.hello" + rank, nonces[r]);
     folder.write("run.ack" + rank, id);
     for (const char* const number : {".0", ".1"}) {
-      const std::string name = "run." + id + number + rank;
+      const std::string name = std::string("run.").append(id).append(number).append(rank);
       folder.write(name, "stale");
       gathers.insert(name);
     }

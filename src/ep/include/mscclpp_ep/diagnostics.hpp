@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-#ifndef MSCCLPP_EP_BUILD_INFO_HPP_
-#define MSCCLPP_EP_BUILD_INFO_HPP_
+#ifndef MSCCLPP_EP_DIAGNOSTICS_HPP_
+#define MSCCLPP_EP_DIAGNOSTICS_HPP_
 
+#include <cstddef>
 #include <map>
 #include <string>
 
@@ -13,6 +14,9 @@ namespace mscclpp_ep {
 /// "simd_available", and "cuda", "mscclpp" and "ucx", which are "no" where they were left out.
 MSCCLPP_EP_API std::map<std::string, std::string> buildInfo();
 
+/// The copy that rows are moved by, past the caches: for measuring what a machine's memory allows.
+MSCCLPP_EP_API void streamCopy(void* out, const void* in, std::size_t bytes);
+
 }  // namespace mscclpp_ep
 
-#endif  // MSCCLPP_EP_BUILD_INFO_HPP_
+#endif  // MSCCLPP_EP_DIAGNOSTICS_HPP_

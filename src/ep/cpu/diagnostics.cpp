@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-#include "mscclpp_ep/build_info.hpp"
+#include "mscclpp_ep/diagnostics.hpp"
 
 #include "core/check.hpp"
 #include "cpu/simd.hpp"
@@ -22,6 +22,11 @@ std::map<std::string, std::string> buildInfo() {
       {"mscclpp", "no"},
       {"ucx", "no"},
   };
+}
+
+void streamCopy(void* out, const void* in, std::size_t bytes) {
+  cpu::rowKernels().streamCopy(out, in, bytes);
+  cpu::streamFence();
 }
 
 }  // namespace mscclpp_ep

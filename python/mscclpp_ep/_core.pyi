@@ -1,0 +1,246 @@
+"""
+The C++ library, as mscclpp_ep's Python code calls it. Not a public interface.
+"""
+
+from collections.abc import Sequence
+import enum
+from typing import Any, Protocol
+
+
+
+class DLPackCompatible(Protocol):
+    def __dlpack__(self) -> object: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+def build_info() -> dict[str, str]:
+    """What this build has; "no" for what it lacks."""
+
+def stream_copy(out: DLPackCompatible, src: DLPackCompatible) -> None:
+    """Copies bytes as rows are: for measuring what the memory allows."""
+
+class Error(RuntimeError):
+    """Base of every error of mscclpp_ep."""
+
+class InvalidArgument(Error, ValueError):
+    """An argument was refused. Nothing was sent; the buffer is still usable."""
+
+class Timeout(Error, TimeoutError):
+    """A wait lasted longer than `timeout`. The buffer can only be destroyed."""
+
+class PeerFailure(Error):
+    """Another rank refused its arguments, gave up, or died."""
+
+class CudaError(Error):
+    """A call of the CUDA runtime or driver failed."""
+
+class SystemError(Error):
+    """The operating system refused memory, a descriptor or a socket."""
+
+class NotBuilt(Error):
+    """The feature is not in this build or version."""
+
+class DataType(enum.Enum):
+    """Element types."""
+
+    bool = 0
+
+    uint8 = 1
+
+    int8 = 2
+
+    uint16 = 3
+
+    int16 = 4
+
+    uint32 = 5
+
+    int32 = 6
+
+    uint64 = 7
+
+    int64 = 8
+
+    float16 = 9
+
+    bfloat16 = 10
+
+    float32 = 11
+
+    float64 = 12
+
+    float8_e4m3fn = 13
+
+    float8_e5m2 = 14
+
+    float8_e8m0fnu = 15
+
+    float8_e4m3fnuz = 16
+
+    float8_e5m2fnuz = 17
+
+class View:
+    """A tensor of the caller's, imported by DLPack."""
+
+    def __init__(self, array: DLPackCompatible, dtype: DataType | None = None) -> None: ...
+
+    @property
+    def dtype(self) -> DataType: ...
+
+    def __repr__(self) -> str: ...
+
+class Tensor:
+    """Memory of a buffer."""
+
+    def export(self, framework: str) -> Any:
+        """To "numpy", "torch" or "dlpack"."""
+
+    @property
+    def dtype(self) -> DataType: ...
+
+    @property
+    def in_arena(self) -> bool: ...
+
+    def __repr__(self) -> str: ...
+
+class PendingDispatch:
+    """A dispatch between its two calls."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def num_recv_tokens_per_expert(self) -> list[int]: ...
+
+class DispatchHandle:
+    """What a dispatch leaves for combine."""
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def num_recv_tokens(self) -> int: ...
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def num_recv_tokens_per_expert(self) -> list[int]: ...
+
+    @property
+    def num_send_tokens(self) -> list[int]: ...
+
+    @property
+    def recv_rank_prefix_sum(self) -> list[int]: ...
+
+    @property
+    def recv_source_index(self) -> Tensor: ...
+
+    @property
+    def send_head(self) -> Tensor: ...
+
+    @property
+    def is_token_in_rank(self) -> Tensor: ...
+
+class Config:
+    """Tuned numbers of DeepEP's kernels; here they only size hints."""
+
+    def __init__(self, num_sms: int = 20, num_max_nvl_chunked_send_tokens: int = 6, num_max_nvl_chunked_recv_tokens: int = 256, num_max_rdma_chunked_send_tokens: int = 6, num_max_rdma_chunked_recv_tokens: int = 256) -> None: ...
+
+    @property
+    def num_sms(self) -> int: ...
+
+    def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int: ...
+
+    def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int: ...
+
+def low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int) -> int: ...
+
+def num_local_experts(num_experts: int, num_ranks: int, rank: int) -> int: ...
+
+class BufferStats:
+    """Where the memory of a buffer is, and what moved."""
+
+    @property
+    def arena_bytes(self) -> int: ...
+
+    @property
+    def held_bytes(self) -> int: ...
+
+    @property
+    def landing_bytes(self) -> int: ...
+
+    @property
+    def pooled_bytes(self) -> int: ...
+
+    @property
+    def straight_rows(self) -> int: ...
+
+    @property
+    def landed_rows(self) -> int: ...
+
+    @property
+    def pulled_rows(self) -> int: ...
+
+    @property
+    def staged_rows(self) -> int: ...
+
+class Operation(enum.Enum):
+    """The collective operations."""
+
+    dispatch = 1
+
+    cached_dispatch = 2
+
+    combine = 3
+
+class Buffer:
+    """The C++ Buffer; mscclpp_ep.Buffer is the public one."""
+
+    def __init__(self, group: object, device: str, arena_bytes: int, max_arena_bytes: int, timeout: float, num_threads: int, ranks_per_domain: int, expert_map: Sequence[int], integrity_check: bool, first_epoch: int) -> None: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def num_threads(self) -> int: ...
+
+    @property
+    def max_arena_bytes(self) -> int: ...
+
+    @property
+    def ranks_per_domain(self) -> int: ...
+
+    def empty(self, shape: Sequence[int], dtype: DataType, arena: bool) -> Tensor: ...
+
+    def check(self) -> None: ...
+
+    def freeze(self) -> None: ...
+
+    def stats(self) -> BufferStats: ...
+
+    def destroy(self) -> None: ...
+
+    def leave(self) -> None: ...
+
+    @property
+    def destroyed(self) -> bool: ...
+
+    def get_dispatch_layout(self, topk_idx: View, num_experts: int) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def begin_dispatch(self, x: View | None, scales: View | None, is_token_in_rank: View | None, num_tokens_per_rank: View | None, num_tokens_per_expert: View | None, topk_idx: View | None, topk_weights: View | None, expert_alignment: int, num_worst_tokens: int) -> PendingDispatch: ...
+
+    def begin_cached_dispatch(self, x: View | None, scales: View | None, handle: DispatchHandle) -> PendingDispatch: ...
+
+    def finish_dispatch(self, pending: PendingDispatch, x: Tensor | None, scales: Tensor | None, topk_idx: Tensor | None, topk_weights: Tensor | None) -> DispatchHandle: ...
+
+    def abandon_dispatch(self, pending: PendingDispatch, why: str) -> None: ...
+
+    def combine(self, x: View | None, handle: DispatchHandle, topk_weights: View | None, bias0: View | None, bias1: View | None, out: Tensor, out_weights: Tensor | None) -> None: ...
+
+    def refuse(self, operation: Operation, why: str) -> None: ...
