@@ -48,8 +48,8 @@ class _NumPy(Framework):
         super().__init__(np)
 
     def view(self, array: Array) -> _core.View:
-        if array.dtype.kind == "V" or not array.dtype.isbuiltin:
-            known = _DTYPES.get(array.dtype.name)
+        if array.dtype.isbuiltin != 1:
+            known = _DTYPES.get(array.dtype.name) if array.dtype.isnative else None
             if known is None:
                 msg = f"an array of dtype {array.dtype} was given, which is not supported"
                 raise _core.InvalidArgument(msg)

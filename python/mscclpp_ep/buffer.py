@@ -256,6 +256,7 @@ class Buffer:
             _check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
             _check_config(config)
             rows, scales = x if isinstance(x, tuple) else (x, None)
+            _check_given("x", rows, "[T, H]")
             named = {
                 "x": rows,
                 "the scales of x": scales,
@@ -366,6 +367,7 @@ class Buffer:
             _check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
             _check_config(config)
             _check_handle(handle)
+            _check_given("x", x, "[N, H]")
             bias0, bias1 = self._unpack_bias(bias)
             named = {"x": x, "topk_weights": topk_weights, "bias": bias0, "the second bias": bias1}
             views = [_view(name, array) for name, array in named.items()]
@@ -388,21 +390,16 @@ class Buffer:
         handle: _core.DispatchHandle,
         x: Array,
         topk_weights: Array | None,
-        x_view: _core.View | None,
+        x_view: _core.View,
         weights_view: _core.View | None,
     ) -> tuple[_core.Tensor, _core.Tensor | None]:
-        def output(array: Array, imported: _core.View | None) -> _core.Tensor | None:
-            if imported is None:
-                return None
+        def output(array: Array, imported: _core.View) -> _core.Tensor:
             # A wrong number of dimensions is left to the library's own checks.
             columns = [shape_of(array)[-1]] if len(shape_of(array)) > 1 else []
             return self._core.empty([handle.num_tokens, *columns], imported.dtype, False)
 
         out = output(x, x_view)
-        if out is None:
-            msg = "x is missing; it must be [N, H]"
-            raise InvalidArgument(msg)
-        return out, output(topk_weights, weights_view)
+        return out, None if weights_view is None else output(topk_weights, weights_view)
 
     # Memory
 
@@ -615,6 +612,12 @@ def _check_call(
 def _check_config(config: object) -> None:
     if config is not None and not isinstance(config, Config):
         msg = f"config is a {type(config).__name__}; it must be a Config or None"
+        raise InvalidArgument(msg)
+
+
+def _check_given(name: str, array: object, shape: str) -> None:
+    if array is None:
+        msg = f"{name} is missing; it must be {shape}"
         raise InvalidArgument(msg)
 
 

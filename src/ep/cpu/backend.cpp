@@ -67,6 +67,7 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
 
   void beginEpoch(const char* operation);
   void refuseChild() const;
+  void requireUsable() const;
   void reportDropped(const DispatchPlan& plan);
 
   std::unique_ptr<Transport> transport_;
@@ -102,10 +103,7 @@ struct CpuPending final : PendingState {
 
 template <typename Step>
 auto CpuBackend::run(const char* operation, const Step& step) {
-  refuseChild();
-  if (!failure_.empty()) {
-    throw PeerFailure(cat("the buffer failed before and can only be destroyed: ", failure_));
-  }
+  requireUsable();
   const FloatingPointModes modes;
   try {
     return step();
@@ -132,6 +130,13 @@ void CpuBackend::refuseChild() const {
   if (::getpid() == process_) return;
   throw SystemError("the buffer was made before this process was forked; make buffers after fork, "
                     "or start ranks by spawn");
+}
+
+/// After a failure a slow peer may still write to any block that was published to it.
+void CpuBackend::requireUsable() const {
+  refuseChild();
+  if (failure_.empty()) return;
+  throw PeerFailure(cat("the buffer failed before and can only be destroyed: ", failure_));
 }
 
 std::unique_ptr<PendingState> CpuBackend::beginDispatch(DispatchRequest request) {
@@ -200,7 +205,7 @@ void CpuBackend::refuse(Operation operation, std::string_view why) {
 }
 
 Tensor CpuBackend::allocate(std::size_t bytes, MemoryKind kind) {
-  refuseChild();
+  requireUsable();
   Tensor tensor;
   if (kind == MemoryKind::arena) {
     if (auto block = arena_.allocate(bytes)) {

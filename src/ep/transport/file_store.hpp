@@ -15,6 +15,7 @@
 #include <string_view>
 
 #include "core/check.hpp"
+#include "transport/file_descriptor.hpp"
 
 namespace mscclpp_ep {
 
@@ -40,7 +41,7 @@ class FileStore {
     const std::string path = prefix_ + name;
     const int opened = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (opened == -1 && errno == ENOENT) return std::nullopt;
-    const Descriptor file(EP_SYS_TRY(opened, "cannot open ", path));
+    const FileDescriptor file(EP_SYS_TRY(opened, "cannot open ", path));
     std::string text;
     std::array<char, 1 << 14> part;
     while (true) {
@@ -80,18 +81,6 @@ class FileStore {
   }
 
  private:
-  class Descriptor {
-   public:
-    explicit Descriptor(int fd) : fd_(fd) {}
-    Descriptor(const Descriptor&) = delete;
-    Descriptor& operator=(const Descriptor&) = delete;
-    ~Descriptor() { ::close(fd_); }
-    int get() const { return fd_; }
-
-   private:
-    const int fd_;
-  };
-
   static std::string checked(const std::string& prefix) {
     namespace fs = std::filesystem;
     std::error_code ignored;
@@ -106,7 +95,7 @@ class FileStore {
 
   static void write(const std::string& path, std::string_view text) {
     constexpr int kFlags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW;
-    const Descriptor file(EP_SYS_TRY(::open(path.c_str(), kFlags, 0600), "cannot make ", path));
+    const FileDescriptor file(EP_SYS_TRY(::open(path.c_str(), kFlags, 0600), "cannot make ", path));
     while (!text.empty()) {
       const auto count = EP_SYS_TRY(::write(file.get(), text.data(), text.size()), "write ", path);
       text.remove_prefix(static_cast<std::size_t>(count));

@@ -15,6 +15,7 @@
 #include <memory>
 #include <numeric>
 #include <set>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -113,6 +114,11 @@ class Folder {
   void write(const std::string& name, const std::string& text) const {
     std::ofstream(path_ / name) << text;
   }
+  std::string read(const std::string& name) const {
+    std::ostringstream text;
+    text << std::ifstream(path_ / name).rdbuf();
+    return text.str();
+  }
   std::set<std::string> names() const {
     std::set<std::string> found;
     for (const auto& entry : fs::directory_iterator(path_)) {
@@ -153,12 +159,10 @@ void killProcess(pid_t process) {
   REQUIRE(WIFSIGNALED(waitFor(process)));
 }
 
-void waitForFile(const Folder& folder, const std::string& name) {
+void waitUntil(const std::function<bool()>& done) {
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
-  while (!folder.has(name) && std::chrono::steady_clock::now() < deadline) {
-    std::this_thread::yield();
-  }
-  REQUIRE(folder.has(name));
+  while (!done() && std::chrono::steady_clock::now() < deadline) std::this_thread::yield();
+  REQUIRE(done());
 }
 
 // --- What both kinds do -------------------------------------------------------------------------
@@ -419,7 +423,7 @@ TEST_CASE("file: processes that were killed while they met") {
   };
   const pid_t leader = start(0);
   const pid_t follower = start(1);
-  waitForFile(folder, "run.ack.1");
+  waitUntil([&] { return folder.has("run.ack.1"); });
   killProcess(leader);
   killProcess(follower);
   REQUIRE(folder.has("run.hello.1"));
@@ -438,10 +442,12 @@ TEST_CASE("file: a rank that is restarted while the others wait is met") {
   };
   const pid_t leader = start(0);
   const pid_t first = start(1);
-  waitForFile(folder, "run.ack.1");
+  waitUntil([&] { return folder.has("run.ack.1"); });
   killProcess(first);
-  const pid_t second = start(1);
+  // Soon all will have acknowledged a roster, but the first to do so is dead.
   const pid_t last = start(2);
+  waitUntil([&] { return folder.read("run.roster").ends_with(" 1"); });
+  const pid_t second = start(1);
   for (const pid_t process : {leader, second, last}) CHECK(waitFor(process) == 0);
   CHECK(folder.names().empty());
 }

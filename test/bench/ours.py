@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: MIT
+"""The library, as its users call it, with NumPy arrays."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import mscclpp_ep as ep
+from cases import BFLOAT16, Case, WrongResultError, require_equal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cases import Settings
+    from clock import Clock
+
+SYSTEM = "mscclpp_ep"
+LAYOUT = "layout"
+DISPATCH = "dispatch"
+COMBINE = "combine, arena input"
+COMBINE_ORDINARY = "combine, ordinary input"
+NO_BLOCK = "dispatch, no block free"
+COLD_DISPATCH = "dispatch, cold"
+COLD_COMBINE = "combine, cold"
+
+_SMALLEST_BLOCK = 256
+_TIMEOUT_S = 60.0
+
+
+class _Turn:
+    """The calls of one layer on one set of inputs, timed and checked."""
+
+    def __init__(self, clock: Clock, case: Case, iterations: int) -> None:
+        self._clock = clock
+        self._case = case
+        self.iterations = iterations
+        self.warmup = case.settings.warmup
+        self.x = case.tokens_of(case.rank).view(BFLOAT16)
+        self.topk_idx = case.choices_of(case.rank)
+        self.topk_weights = case.weights_of(case.rank)
+        self.output = case.expert_output_of(case.rank).view(BFLOAT16)
+        self.rows = case.expected_rows()
+        self.sums = case.expected_sums()
+        self.layout: tuple[Any, ...] = ()
+
+    def _measure(self, op: str, call: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        key = (self._case.tokens, SYSTEM, op)
+        return self._clock.measure(key, call, self.iterations, self.warmup)
+
+    def count_tokens(self, buffer: ep.Buffer) -> None:
+        """Makes what the dispatches need."""
+        experts = self._case.settings.experts
+        self.layout = self._measure(
+            LAYOUT, lambda: buffer.get_dispatch_layout(self.topk_idx, experts)
+        )
+
+    def dispatch(self, op: str, buffer: ep.Buffer) -> Any:
+        """Sends tokens, choices and weights; returns the handle."""
+        per_rank, _, per_expert, in_rank, _ = self.layout
+        result = self._measure(
+            op,
+            lambda: buffer.dispatch(
+                self.x,
+                num_tokens_per_rank=per_rank,
+                is_token_in_rank=in_rank,
+                num_tokens_per_expert=per_expert,
+                topk_idx=self.topk_idx,
+                topk_weights=self.topk_weights,
+            ),
+        )
+        _check_dispatch(op, result, self.rows, self._case)
+        return result[4]
+
+    def combine(self, op: str, buffer: ep.Buffer, x: Any, handle: Any) -> None:
+        """Sums what the experts made of the tokens."""
+        combined, _, _ = self._measure(op, lambda: buffer.combine(x, handle))
+        require_equal(f"{SYSTEM}: {op}", combined.view(np.uint16), self.sums)
+
+
+class Ours:
+    """Measures the library on one rank.
+
+    Results find room in `_buffer`. The arena of `_full` is full of blocks that are held, as by a
+    program that keeps the results of many layers.
+    """
+
+    def __init__(self, group: ep.Group, clock: Clock, settings: Settings) -> None:
+        self._group = group
+        self._clock = clock
+        self._threads = settings.threads
+        self._buffer = self._make(0)
+        # Room for what one dispatch receives, which `_fill` then takes.
+        row_bytes = settings.row_bytes + settings.topk * (8 + 4) + 4
+        room = settings.ranks * settings.tokens * row_bytes + (1 << 16)
+        self._full = self._make(room)
+        self._held: list[Any] = []
+        _fill(self._full, self._held, room)
+
+    def _make(self, max_arena_bytes: int) -> ep.Buffer:
+        return ep.Buffer(
+            self._group,
+            timeout=_TIMEOUT_S,
+            max_arena_bytes=max_arena_bytes,
+            num_threads=self._threads,
+        )
+
+    def destroy(self) -> None:
+        """Leaves the group; collective."""
+        self._buffer.destroy()
+        self._full.destroy()
+
+    def measure(self, case: Case, iterations: int, thorough: bool) -> None:
+        """Times a layer, and checks its results.
+
+        `thorough`: not only what is compared between sizes.
+        """
+        turn = _Turn(self._clock, case, iterations)
+        turn.count_tokens(self._buffer)
+        handle = turn.dispatch(DISPATCH, self._buffer)
+        output = self._buffer.empty(turn.output.shape, BFLOAT16)
+        output[:] = turn.output
+        turn.combine(COMBINE, self._buffer, output, handle)
+        if not thorough:
+            return
+        turn.combine(COMBINE_ORDINARY, self._buffer, turn.output, handle)
+        self._measure_no_block(turn)
+        self._measure_cold(turn)
+
+    def _measure_no_block(self, turn: _Turn) -> None:
+        # The first call makes the landing block and the ordinary memory that results are copied
+        # to; it is not among those timed.
+        before = self._full.stats().landed_rows
+        turn.dispatch(NO_BLOCK, self._full)
+        landed = self._full.stats().landed_rows - before
+        if landed != len(turn.rows) * (turn.iterations + turn.warmup):
+            msg = f"{NO_BLOCK}: {landed} rows landed, so that there was a block for some"
+            raise WrongResultError(msg)
+
+    def _measure_cold(self, turn: _Turn) -> None:
+        fresh = self._make(0)
+        turn.iterations, turn.warmup = 1, 0
+        handle = turn.dispatch(COLD_DISPATCH, fresh)
+        turn.combine(COLD_COMBINE, fresh, turn.output, handle)
+        fresh.destroy()
+
+
+def _fill(buffer: ep.Buffer, held: list[Any], size: int) -> None:
+    """Takes all blocks of the arena, from large ones to small ones."""
+    while size >= _SMALLEST_BLOCK:
+        before = buffer.stats().held_bytes
+        block = buffer.empty([size], np.uint8)
+        if buffer.stats().held_bytes > before:
+            held.append(block)
+        else:
+            size //= 2
+
+
+def _check_dispatch(op: str, result: tuple[Any, ...], rows: Any, case: Case) -> None:
+    recv_x, recv_idx, recv_weights, counts, _, _ = result
+    require_equal(f"{SYSTEM}: {op}", recv_x.view(np.uint16), rows)
+    if len(recv_idx) != len(rows) or len(recv_weights) != len(rows):
+        msg = f"{op}: {len(recv_idx)} indices and {len(recv_weights)} weights, {len(rows)} rows"
+        raise WrongResultError(msg)
+    held = -(-case.settings.experts // case.settings.ranks)
+    sources = range(case.settings.ranks)
+    choices = np.concatenate([case.choices_of(r)[case.in_rank[r, :, case.rank]] for r in sources])
+    weights = np.concatenate([case.weights_of(r)[case.in_rank[r, :, case.rank]] for r in sources])
+    here = choices // held == case.rank
+    same = (
+        np.array_equal(recv_idx, np.where(here, choices - held * case.rank, -1))
+        and np.array_equal(recv_weights, np.where(here, weights, np.float32(0)))
+        and sum(counts) == int(here.sum())
+    )
+    if not same:
+        msg = f"{op}: the choices or weights received are wrong"
+        raise WrongResultError(msg)

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: MIT
+#include <doctest/doctest.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+
+#include "core/memory_map.hpp"
+#include "support/ranks.hpp"
+#include "transport/segment.hpp"
+#include "transport/wait.hpp"
+
+namespace mscclpp_ep {
+namespace {
+
+using testing::kSanitized;
+using namespace std::chrono_literals;
+
+/// Two ranks' words in shared memory: each has a doorbell and a word that the other writes.
+class Table {
+ public:
+  explicit Table(std::byte* data) : data_(data) {}
+  SharedWord& word(int rank) const { return sharedWord(data_, at(rank) + 2 * kCacheLine); }
+  Doorbell doorbell(int rank) const { return {data_ + at(rank), data_ + at(rank) + kCacheLine}; }
+
+ private:
+  static std::size_t at(int rank) { return static_cast<std::size_t>(rank) * 4 * kCacheLine; }
+  std::byte* data_;
+};
+
+/// Hands a number to and fro. A wake-up that is lost shows as a sleep of its full length.
+void handOver(const Table& table, int rank, std::uint64_t rounds, std::chrono::nanoseconds spin) {
+  const Doorbell own = table.doorbell(rank);
+  const Doorbell other = table.doorbell(1 - rank);
+  for (std::uint64_t i = 1; i <= rounds; ++i) {
+    const auto come = [&] { return table.word(rank).load() >= i; };
+    if (rank == 0) {
+      table.word(1).store(i);
+      other.ring();
+    }
+    const bool awake = spinUntil(come, spin) || own.sleep(come, 20s);
+    testing::require(awake, "rank ", rank, " is woken in round ", i);
+    if (rank == 1) {
+      table.word(0).store(i);
+      other.ring();
+    }
+  }
+}
+
+constexpr std::uint64_t kRounds = kSanitized ? 10000 : 30000;
+
+TEST_CASE("no wake-up is lost between threads") {
+  const auto memory = Segment::create(kPage);
+  const Table table(memory->data());
+  for (const std::chrono::nanoseconds spin : {0ns, 300ns, 2000ns}) {
+    CAPTURE(spin.count());
+    table.word(0).store(0);
+    table.word(1).store(0);
+    CHECK_NOTHROW(testing::runThreads(2, [&](int rank) { handOver(table, rank, kRounds, spin); }));
+  }
+}
+
+#if MSCCLPP_EP_TEST_PROCESSES
+TEST_CASE("no wake-up is lost between processes") {
+  const auto memory = Segment::create(kPage);
+  const Table table(memory->data());
+  const auto ends =
+      testing::endsOfProcesses(2, [&](int rank) { handOver(table, rank, kRounds, 300ns); });
+  CHECK(ends == std::vector<std::string>(2));
+}
+#endif
+
+TEST_CASE("a sleep that nobody ends lasts as long as was asked") {
+  const auto memory = Segment::create(kPage);
+  const Doorbell bell = Table(memory->data()).doorbell(0);
+  const auto start = std::chrono::steady_clock::now();
+  CHECK_FALSE(bell.sleep([] { return false; }, 30ms));
+  CHECK(std::chrono::steady_clock::now() - start >= 29ms);
+}
+
+TEST_CASE("what is ready needs no wake-up") {
+  const auto memory = Segment::create(kPage);
+  const Doorbell bell = Table(memory->data()).doorbell(0);
+  CHECK(bell.sleep([] { return true; }, 100s));
+  CHECK(spinUntil([] { return true; }, 0ns));
+  CHECK_FALSE(spinUntil([] { return false; }, 1000ns));
+  // Nobody sleeps: ringing is harmless, and is not kept for the next sleep.
+  bell.ring();
+  CHECK_FALSE(bell.sleep([] { return false; }, 1ms));
+}
+
+}  // namespace
+}  // namespace mscclpp_ep
