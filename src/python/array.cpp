@@ -32,7 +32,8 @@ template <typename Framework>
 nb::object exportTo(const Tensor& tensor, nb::dlpack::dtype dtype) {
   // The capsule holds one more reference to the memory, for as long as the framework wants it.
   auto* owner = new std::shared_ptr<void>(tensor.owner);
-  nb::capsule capsule(owner, [](void* p) noexcept { delete static_cast<std::shared_ptr<void>*>(p); });
+  nb::capsule capsule(owner,
+                      [](void* p) noexcept { delete static_cast<std::shared_ptr<void>*>(p); });
   std::size_t shape[kMaxDimensions] = {};
   for (int i = 0; i < tensor.view.ndim; ++i) {
     shape[i] = static_cast<std::size_t>(tensor.view.shape[static_cast<std::size_t>(i)]);
@@ -61,8 +62,9 @@ nb::dlpack::dtype numpyType(DataType dtype) {
 View importArray(nb::handle object, std::optional<DataType> dtype) {
   View result;
   if (!nb::try_cast(object, result.array)) {
-    throw InvalidArgument(std::string("a ") + nb::type_name(object.type()).c_str() +
-                          " was given; a tensor with DLPack is needed (NumPy, Torch, JAX, CuPy, …)");
+    throw InvalidArgument(
+        std::string("a ") + nb::type_name(object.type()).c_str() +
+        " was given; a tensor with DLPack is needed (NumPy, Torch, JAX, CuPy, …)");
   }
   result.view = viewOf(result.array);
   if (dtype) {

@@ -20,8 +20,7 @@ PythonBootstrap::PythonBootstrap(nb::handle group)
 
 std::vector<Bootstrap::Bytes> PythonBootstrap::allGather(std::span<const std::byte> mine) {
   const nb::gil_scoped_acquire gil;
-  const nb::object gathered =
-      group_.attr("all_gather")(nb::bytes(mine.data(), mine.size()));
+  const nb::object gathered = group_.attr("all_gather")(nb::bytes(mine.data(), mine.size()));
   std::vector<Bytes> all;
   for (const nb::handle item : gathered) {
     const auto bytes = nb::cast<nb::bytes>(item);

@@ -83,8 +83,8 @@ PendingDispatch beginCachedDispatch(Buffer& buffer, const View* x, const View* s
 DispatchHandle finishDispatch(Buffer& buffer, PendingDispatch& pending, const Tensor* x,
                               const Tensor* scales, const Tensor* topkIdx,
                               const Tensor* topkWeights) {
-  return buffer.finishDispatch(
-      std::move(pending), {viewOf(x), viewOf(scales), viewOf(topkIdx), viewOf(topkWeights)});
+  return buffer.finishDispatch(std::move(pending),
+                               {viewOf(x), viewOf(scales), viewOf(topkIdx), viewOf(topkWeights)});
 }
 
 void combine(Buffer& buffer, const View* x, const DispatchHandle& handle, const View* topkWeights,
@@ -114,8 +114,8 @@ void bindOperations(nb::class_<Buffer>& buffer) {
       .def("begin_dispatch", &beginDispatch, nb::arg("x").none(), nb::arg("scales").none(),
            nb::arg("is_token_in_rank").none(), nb::arg("num_tokens_per_rank").none(),
            nb::arg("num_tokens_per_expert").none(), nb::arg("topk_idx").none(),
-           nb::arg("topk_weights").none(), nb::arg("expert_alignment"),
-           nb::arg("num_worst_tokens"), Release())
+           nb::arg("topk_weights").none(), nb::arg("expert_alignment"), nb::arg("num_worst_tokens"),
+           Release())
       .def("begin_cached_dispatch", &beginCachedDispatch, nb::arg("x").none(),
            nb::arg("scales").none(), nb::arg("handle"), Release())
       .def("finish_dispatch", &finishDispatch, nb::arg("pending"), nb::arg("x").none(),

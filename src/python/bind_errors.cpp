@@ -47,8 +47,8 @@ PyObject* typeOf(const Error& error) {
 }  // namespace
 
 void bindErrors(nb::module_& m) {
-  types.error = makeType(m, "Error", "Base of every error of mscclpp_ep.",
-                         nb::borrow(PyExc_RuntimeError));
+  types.error =
+      makeType(m, "Error", "Base of every error of mscclpp_ep.", nb::borrow(PyExc_RuntimeError));
   types.invalidArgument =
       makeType(m, "InvalidArgument",
                "An argument was refused. Nothing was sent; the buffer is still usable.",
@@ -56,11 +56,11 @@ void bindErrors(nb::module_& m) {
   types.timeout = makeType(m, "Timeout",
                            "A wait lasted longer than `timeout`. The buffer can only be destroyed.",
                            both(types.error, PyExc_TimeoutError));
-  types.peerFailure = makeType(
-      m, "PeerFailure", "Another rank refused its arguments, gave up, or died.",
-      nb::borrow(types.error));
-  types.cudaError =
-      makeType(m, "CudaError", "A call of the CUDA runtime or driver failed.", nb::borrow(types.error));
+  types.peerFailure =
+      makeType(m, "PeerFailure", "Another rank refused its arguments, gave up, or died.",
+               nb::borrow(types.error));
+  types.cudaError = makeType(m, "CudaError", "A call of the CUDA runtime or driver failed.",
+                             nb::borrow(types.error));
   types.systemError =
       makeType(m, "SystemError", "The operating system refused memory, a descriptor or a socket.",
                nb::borrow(types.error));

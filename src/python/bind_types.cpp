@@ -34,9 +34,12 @@ void bindTensors(nb::module_& m) {
       .def_prop_ro("dtype", [](const View& view) { return view.view.dtype; })
       .def("__repr__", [](const View& view) { return toString(view.view); });
   nb::class_<Tensor>(m, "Tensor", "Memory of a buffer.")
-      .def("export", [](const Tensor& tensor, const char* framework) {
-        return exportTensor(tensor, framework);
-      }, nb::arg("framework"), "To \"numpy\", \"torch\" or \"dlpack\".")
+      .def(
+          "export",
+          [](const Tensor& tensor, const char* framework) {
+            return exportTensor(tensor, framework);
+          },
+          nb::arg("framework"), "To \"numpy\", \"torch\" or \"dlpack\".")
       .def_prop_ro("dtype", [](const Tensor& tensor) { return tensor.view.dtype; })
       .def_ro("in_arena", &Tensor::inArena)
       .def("__repr__", [](const Tensor& tensor) { return toString(tensor.view); });

@@ -116,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0 and sys.stderr.isatty():
             print(f"\r\033[K{step}", end="", file=sys.stderr, flush=True)
 
+    load = os.getloadavg()[0]
     try:
         measured = run_ranks(run_rank, settings, settings.ranks, on_step=show)
     except RankError as error:
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\r\033[K", end="", file=sys.stderr)
     for peer in set(peers.PEERS) - set(settings.peers) - set(not_measured):
         not_measured[peer] = "not asked for"
-    results = Results(settings, measured, not_measured)
+    results = Results(settings, measured, not_measured, load)
     report.print_report(results)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results.to_json(), indent=1) + "\n", encoding="utf-8")

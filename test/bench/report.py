@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The report for people; with rich on a terminal, if it is there, else as plain text."""
+"""The report for people; with rich on a wide terminal, if it is there, else as plain text."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 HEADERS = ("system", "op", "tokens", "median ms", "p99 ms", "GB/s", "% of limit", "x gloo")
 _TEXT_COLUMNS = 2
+_RICH_WIDTH = 100  # below that, the table would break words
+_BUSY = 0.5  # programs that ran at that time, on average of a minute
 
 
 def print_report(results: Results) -> None:
@@ -22,10 +25,13 @@ def print_report(results: Results) -> None:
         f"bfloat16, top-{settings.topk} of {settings.experts} experts, seed {settings.seed}"
     )
     lines = [_cells(row) for row in results.rows]
-    if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
+    wide = sys.stdout.isatty() and shutil.get_terminal_size().columns >= _RICH_WIDTH
+    if wide and importlib.util.find_spec("rich") is not None:
         _print_rich(lines)
     else:
         _print_plain(lines)
+    if results.load > _BUSY:
+        print(f"The machine was busy when the run began (load {results.load:.1f}).")
     for peer, why in results.not_measured.items():
         print(f"{peer}: not measured: {why}")
     print("\nBounds:")

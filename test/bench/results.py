@@ -6,8 +6,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import re
 import statistics
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,9 +79,14 @@ class Results:
     """The table of a run."""
 
     def __init__(
-        self, settings: Settings, measured: list[Measured], not_measured: dict[str, str]
+        self,
+        settings: Settings,
+        measured: list[Measured],
+        not_measured: dict[str, str],
+        load: float,
     ) -> None:
         self.settings = settings
+        self.load = load
         self.not_measured = not_measured
         self.received = {
             size: statistics.mean(n for rank in measured for n in rank.received[size])
@@ -160,7 +167,7 @@ class Results:
         """Everything, for a file."""
         return {
             "version": ep.__version__,
-            "machine": _machine(),
+            "machine": _machine() | {"load_before": self.load},
             "settings": dataclasses.asdict(self.settings),
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "limit_ms": {str(size): limit for size, limit in self.limit_ms.items()},
@@ -175,8 +182,8 @@ def _duration(spans: Iterable[Span]) -> float:
     The longest span alone would flatter what ranks do without waiting for each other, where they
     share cores: then they do it one after the other.
     """
-    begins, ends = zip(*spans, strict=True)
-    return max(ends) - min(begins)
+    pairs = list(spans)
+    return max(end for _, end in pairs) - min(begin for begin, _ in pairs)
 
 
 def _kind(op: str) -> str:
@@ -184,12 +191,17 @@ def _kind(op: str) -> str:
     return op.split(",", maxsplit=1)[0]
 
 
+def _processor() -> str:
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return name.group(1) if name else platform.machine()
+
+
 def _machine() -> dict[str, Any]:
     packages = {"numpy", "torch"} & {d.metadata["Name"] for d in metadata.distributions()}
     return {
         "cores": len(os.sched_getaffinity(0)),
-        "load_at_end": round(os.getloadavg()[0], 2),
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "system": platform.platform(),
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in sorted(packages)},

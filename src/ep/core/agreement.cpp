@@ -76,10 +76,10 @@ void requireAll(std::span<const Status> statuses, const char* operation) {
     if (statuses[rank].verdict == Verdict::go) continue;
     const std::string_view reason(statuses[rank].reason,
                                   ::strnlen(statuses[rank].reason, kReasonBytes));
-    const char* what = statuses[rank].verdict == Verdict::noRoom ? " has no room for the "
-                                                                 : " refused the ";
-    throw OperationRefused{std::make_exception_ptr(
-        PeerFailure(cat("rank ", rank, what, operation, ": ", reason)))};
+    const char* what =
+        statuses[rank].verdict == Verdict::noRoom ? " has no room for the " : " refused the ";
+    throw OperationRefused{
+        std::make_exception_ptr(PeerFailure(cat("rank ", rank, what, operation, ": ", reason)))};
   }
 }
 

@@ -84,8 +84,7 @@ class Buffer::Impl {
 
   std::shared_ptr<const ExpertPlacement> placement(std::int64_t numExperts) {
     if (placement_ == nullptr || placement_->numExperts() != numExperts) {
-      placement_ =
-          std::make_shared<ExpertPlacement>(numExperts, facts.numRanks, options.expertMap);
+      placement_ = std::make_shared<ExpertPlacement>(numExperts, facts.numRanks, options.expertMap);
     }
     return placement_;
   }
@@ -162,8 +161,8 @@ PendingDispatch Buffer::beginDispatch(const DispatchInputs& inputs, const Dispat
   return PendingDispatch(impl().backend().beginDispatch(std::move(request)));
 }
 
-PendingDispatch Buffer::beginCachedDispatch(const DispatchInputs& inputs, const DispatchHandle& handle,
-                                      const CallOptions& call) {
+PendingDispatch Buffer::beginCachedDispatch(const DispatchInputs& inputs,
+                                            const DispatchHandle& handle, const CallOptions& call) {
   DispatchRequest request = impl().checkedOrRefused(Operation::cachedDispatch, [&] {
     validateCall(impl().facts, call);
     return validateCachedDispatch(impl().facts, inputs, handle);

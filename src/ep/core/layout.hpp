@@ -17,9 +17,7 @@ class ExpertPlacement {
 
   std::int64_t numExperts() const { return static_cast<std::int64_t>(owner_.size()); }
   std::int64_t numLocal(int rank) const { return numLocal_[static_cast<std::size_t>(rank)]; }
-  std::int32_t owner(std::int64_t expert) const {
-    return owner_[static_cast<std::size_t>(expert)];
-  }
+  std::int32_t owner(std::int64_t expert) const { return owner_[static_cast<std::size_t>(expert)]; }
   std::int32_t localIndex(std::int64_t expert) const {
     return localIndex_[static_cast<std::size_t>(expert)];
   }

@@ -24,9 +24,9 @@ LandingMap landingMap(std::int64_t rows, const std::int64_t (&rowBytes)[kNumColu
 
 std::int64_t dispatchBytes(std::int64_t rows, const RowShape& shape) {
   EP_EXPECTS(rows >= 0, "rows is ", rows, "; it must not be negative");
-  EP_EXPECTS(shape.rowBytes >= 0 && shape.scaleBytes >= 0 && shape.topk >= 0 &&
-                 shape.indexBytes >= 0,
-             "the sizes of a row must not be negative");
+  EP_EXPECTS(
+      shape.rowBytes >= 0 && shape.scaleBytes >= 0 && shape.topk >= 0 && shape.indexBytes >= 0,
+      "the sizes of a row must not be negative");
   std::size_t total = 0;
   for (const std::int64_t bytes :
        {shape.rowBytes, shape.scaleBytes, shape.topk * shape.indexBytes,

@@ -138,9 +138,8 @@ void describeRows(const BufferFacts& facts, const DispatchInputs& inputs, Signat
 
 /// Fills in what top-k says.
 void describeTopk(const BufferFacts& facts, const DispatchInputs& inputs, Signature& signature) {
-  EP_EXPECTS(!inputs.topkIdx == !inputs.topkWeights,
-             "topk_idx is ", toString(inputs.topkIdx), " and topk_weights is ",
-             toString(inputs.topkWeights), "; give both or neither");
+  EP_EXPECTS(!inputs.topkIdx == !inputs.topkWeights, "topk_idx is ", toString(inputs.topkIdx),
+             " and topk_weights is ", toString(inputs.topkWeights), "; give both or neither");
   if (!inputs.topkIdx) return;
   checkTopkIdx(inputs.topkIdx, facts.options.device, inputs.x.shape[0], signature.numExperts);
   signature.topk = inputs.topkIdx.shape[1];
@@ -158,8 +157,7 @@ void checkDispatchOptions(const DispatchOptions& options, bool topk) {
              "; it must be at least 1");
   EP_EXPECTS(options.numWorstTokens >= 0, "num_worst_tokens is ", options.numWorstTokens,
              "; it must not be negative");
-  EP_EXPECTS(options.numWorstTokens == 0 || topk,
-             "num_worst_tokens is ", options.numWorstTokens,
+  EP_EXPECTS(options.numWorstTokens == 0 || topk, "num_worst_tokens is ", options.numWorstTokens,
              ", which needs topk_idx and topk_weights: rows not received are told by index -1");
 }
 
@@ -248,8 +246,7 @@ DispatchRequest validateDispatch(const BufferFacts& facts, const DispatchInputs&
              toString(inputs.x), "; T must be below 2^31");
   const std::span inRank(static_cast<const std::uint8_t*>(inputs.isTokenInRank.data),
                          static_cast<std::size_t>(numElements(inputs.isTokenInRank)));
-  request.plan =
-      std::make_shared<SendPlan>(planSend(inRank, request.numTokens, facts.numRanks));
+  request.plan = std::make_shared<SendPlan>(planSend(inRank, request.numTokens, facts.numRanks));
   checkCounts(facts, inputs, *request.plan);
   return request;
 }
@@ -295,13 +292,12 @@ void validateDispatchOutputs(const PendingState& pending, const DispatchOutputs&
     checkAbsent(outputs.topkWeights, "the output of topk_weights", "when no topk_idx is sent");
     return;
   }
-  checkTensor(outputs.topkIdx, device,
-              {"the output of topk_idx",
-               {request.inputs.topkIdx.dtype},
-               {rows, signature.topk},
-               "[N, K]"});
-  checkTensor(outputs.topkWeights, device,
-              {"the output of topk_weights", {DataType::float32}, {rows, signature.topk}, "[N, K]"});
+  checkTensor(
+      outputs.topkIdx, device,
+      {"the output of topk_idx", {request.inputs.topkIdx.dtype}, {rows, signature.topk}, "[N, K]"});
+  checkTensor(
+      outputs.topkWeights, device,
+      {"the output of topk_weights", {DataType::float32}, {rows, signature.topk}, "[N, K]"});
 }
 
 CombineRequest validateCombine(const BufferFacts& facts, const CombineInputs& inputs,
@@ -325,8 +321,8 @@ CombineRequest validateCombine(const BufferFacts& facts, const CombineInputs& in
   }
   checkTensor(outputs.x, device, {"the output of x", {dtype}, {tokens, hidden}, "[T, H]"});
 
-  CombineRequest request{.signature = {}, .inputs = inputs, .outputs = outputs, .call = {},
-                         .handle = handle.state()};
+  CombineRequest request{
+      .signature = {}, .inputs = inputs, .outputs = outputs, .call = {}, .handle = handle.state()};
   Signature& signature = request.signature;
   signature.operation = static_cast<std::uint32_t>(Operation::combine);
   signature.dtype = static_cast<std::uint32_t>(dtype);
@@ -344,9 +340,9 @@ CombineRequest validateCombine(const BufferFacts& facts, const CombineInputs& in
                "[N, K], a row for each that the dispatch received"});
   signature.topk = inputs.topkWeights.shape[1];
   signature.hasWeights = 1;
-  checkTensor(outputs.topkWeights, device,
-              {"the output of topk_weights", {DataType::float32}, {tokens, signature.topk},
-               "[T, K]"});
+  checkTensor(
+      outputs.topkWeights, device,
+      {"the output of topk_weights", {DataType::float32}, {tokens, signature.topk}, "[T, K]"});
   return request;
 }
 

@@ -35,8 +35,7 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
                static_cast<std::size_t>(std::min(options.arenaBytes, kMostInitialArenaBytes)),
                static_cast<std::size_t>(options.maxArenaBytes)),
         workers_(options.numThreads),
-        context_{*transport_,    mailbox_, arena_, pool_, workers_,
-                 rowKernels(), stats_,   bufferId},
+        context_{*transport_, mailbox_, arena_, pool_, workers_, rowKernels(), stats_, bufferId},
         nextEpoch_(options.firstEpoch) {}
 
   void getDispatchLayout(const TensorView& topkIdx, const ExpertPlacement& placement,
@@ -79,9 +78,9 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
   Context context_;
   std::uint64_t nextEpoch_;
   const pid_t process_ = ::getpid();
-  bool begun_ = false;         ///< a dispatch is between its two calls
-  std::string failure_;        ///< why the buffer can only be destroyed; empty if it can be used
-  std::string dropped_;        ///< for the next check()
+  bool begun_ = false;   ///< a dispatch is between its two calls
+  std::string failure_;  ///< why the buffer can only be destroyed; empty if it can be used
+  std::string dropped_;  ///< for the next check()
 };
 
 /// Refuses the rest of its dispatch if it dies unfinished.
@@ -128,8 +127,9 @@ void CpuBackend::beginEpoch(const char* operation) {
 /// Memory and sockets are shared with a forked child, which would speak in its parent's name.
 void CpuBackend::refuseChild() const {
   if (::getpid() == process_) return;
-  throw SystemError("the buffer was made before this process was forked; make buffers after fork, "
-                    "or start ranks by spawn");
+  throw SystemError(
+      "the buffer was made before this process was forked; make buffers after fork, "
+      "or start ranks by spawn");
 }
 
 /// After a failure a slow peer may still write to any block that was published to it.
@@ -175,9 +175,10 @@ DispatchHandle CpuBackend::finishDispatch(PendingState& state, const DispatchOut
 
 void CpuBackend::reportDropped(const DispatchPlan& plan) {
   if (plan.numRecv <= plan.numRows) return;
-  dropped_ = cat("num_worst_tokens was ", plan.numRows, " in the dispatch of epoch ",
-                 context_.epoch, ", but ", plan.numRecv, " rows came; ", plan.numRecv - plan.numRows,
-                 " were dropped from the highest (source rank, token)");
+  dropped_ =
+      cat("num_worst_tokens was ", plan.numRows, " in the dispatch of epoch ", context_.epoch,
+          ", but ", plan.numRecv, " rows came; ", plan.numRecv - plan.numRows,
+          " were dropped from the highest (source rank, token)");
 }
 
 void CpuBackend::abandonDispatch(PendingState& state, std::string_view why) {

@@ -79,8 +79,7 @@ void RowWriter::writeScales(std::byte* out, std::int64_t token) const {
 template <typename Index>
 void RowWriter::writeTopk(const Target& target, std::int64_t token, std::int64_t row) const {
   const auto* ids = reinterpret_cast<const Index*>(columns_[kTopkIdx].data) + token * topk_;
-  const auto* weights =
-      reinterpret_cast<const float*>(columns_[kTopkWeights].data) + token * topk_;
+  const auto* weights = reinterpret_cast<const float*>(columns_[kTopkWeights].data) + token * topk_;
   auto* outIds = reinterpret_cast<Index*>(target.columns[kTopkIdx]) + row * topk_;
   auto* outWeights = reinterpret_cast<float*>(target.columns[kTopkWeights]) + row * topk_;
   for (std::int64_t k = 0; k < topk_; ++k) {

@@ -154,8 +154,8 @@ void RowReducer::bindSource(std::size_t rank, const CombineEntry& entry) {
   Transport& transport = context_.transport;
   const int peer = static_cast<int>(rank);
   source.staged = entry.rows.access == Access::staged;
-  source.rows = transport.peerMemory(peer, entry.rows.segment,
-                                     entry.rows.offset + skip * rowBytes_, count * rowBytes_);
+  source.rows = transport.peerMemory(peer, entry.rows.segment, entry.rows.offset + skip * rowBytes_,
+                                     count * rowBytes_);
   if (weightBytes_ == 0) return;
   source.weights =
       transport.peerMemory(peer, entry.weights.segment, entry.weights.offset + skip * weightBytes_,
@@ -185,9 +185,9 @@ bool RowReducer::stageSome() {
 }
 
 void RowReducer::reduceAll() {
-  const bool waits = staging_ != nullptr ||
-                     std::any_of(sources_.begin(), sources_.end(),
-                                 [](const Source& source) { return source.staged; });
+  const bool waits =
+      staging_ != nullptr || std::any_of(sources_.begin(), sources_.end(),
+                                         [](const Source& source) { return source.staged; });
   const std::int64_t step = waits ? step_ : std::max<std::int64_t>(handle_.numTokens, 1);
   bool staging = stageSome();
   for (std::int64_t begin = 0; begin < handle_.numTokens; begin += step) {
@@ -242,10 +242,9 @@ void RowReducer::reduceToken(std::int64_t token, std::vector<const void*>& rows,
     weights.push_back(sources_[r].weights + static_cast<std::size_t>(ordinal) * weightBytes_);
   }
   const auto type = static_cast<std::size_t>(sumType(inputs.x.dtype));
-  context_.kernels.sum[type](static_cast<std::byte*>(request_.outputs.x.data) + at * rowBytes_,
-                             rows.data(), rows.size(),
-                             static_cast<std::size_t>(request_.signature.hidden), start,
-                             rowBytes_ >= kStreamedRowBytes);
+  context_.kernels.sum[type](
+      static_cast<std::byte*>(request_.outputs.x.data) + at * rowBytes_, rows.data(), rows.size(),
+      static_cast<std::size_t>(request_.signature.hidden), start, rowBytes_ >= kStreamedRowBytes);
   if (weightBytes_ == 0) return;
   const auto weightType = static_cast<std::size_t>(SumType::float32);
   context_.kernels.sum[weightType](

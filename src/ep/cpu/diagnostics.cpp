@@ -13,8 +13,8 @@ std::map<std::string, std::string> buildInfo() {
     available += cat(available.empty() ? "" : ", ", kernels->name);
   }
   return {
-      {"version", cat(MSCCLPP_EP_VERSION_MAJOR, ".", MSCCLPP_EP_VERSION_MINOR, ".",
-                      MSCCLPP_EP_VERSION_PATCH)},
+      {"version",
+       cat(MSCCLPP_EP_VERSION_MAJOR, ".", MSCCLPP_EP_VERSION_MINOR, ".", MSCCLPP_EP_VERSION_PATCH)},
       {"compiler", cat("gcc-compatible ", __VERSION__)},
       {"simd", std::string(cpu::rowKernels().name)},
       {"simd_available", available},

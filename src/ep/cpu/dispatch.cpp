@@ -216,15 +216,15 @@ void RowMover::raisePushed(std::int64_t sentTokens) {
     std::int64_t rows = request_.plan->numRows[static_cast<std::size_t>(r)];
     if (sentTokens < request_.numTokens) {
       std::int64_t token = sentTokens;
-      while (token > 0 && request_.plan->head[static_cast<std::size_t>((token - 1) * ranks + r)] < 0)
+      while (token > 0 &&
+             request_.plan->head[static_cast<std::size_t>((token - 1) * ranks + r)] < 0)
         --token;
       rows = token == 0
                  ? 0
                  : request_.plan->head[static_cast<std::size_t>((token - 1) * ranks + r)] + 1;
     }
     if (target.rank != context_.rank()) {
-      context_.raise(kRowsPushed, target.rank,
-                     rowsKept(target.firstRow, rows, target.capacity));
+      context_.raise(kRowsPushed, target.rank, rowsKept(target.firstRow, rows, target.capacity));
     }
   }
 }
@@ -245,16 +245,16 @@ bool RowMover::copyOutArrived() {
 
 void RowMover::copyOut(int from, std::int64_t begin, std::int64_t end) {
   const std::int64_t first = plan_.firstRowFrom[static_cast<std::size_t>(from)];
-  context_.workers.run(end - begin, kTokensPerPart, [&](std::int64_t partBegin,
-                                                        std::int64_t partEnd) {
-    for (int column = 0; column < kNumColumns; ++column) {
-      const Output& output = outputs_[column];
-      if (output.landing == nullptr) continue;
-      const std::int64_t offset = (first + begin + partBegin) * rowBytes(column);
-      const auto bytes = static_cast<std::size_t>((partEnd - partBegin) * rowBytes(column));
-      context_.kernels.streamCopy(output.data + offset, output.landing + offset, bytes);
-    }
-  });
+  context_.workers.run(
+      end - begin, kTokensPerPart, [&](std::int64_t partBegin, std::int64_t partEnd) {
+        for (int column = 0; column < kNumColumns; ++column) {
+          const Output& output = outputs_[column];
+          if (output.landing == nullptr) continue;
+          const std::int64_t offset = (first + begin + partBegin) * rowBytes(column);
+          const auto bytes = static_cast<std::size_t>((partEnd - partBegin) * rowBytes(column));
+          context_.kernels.streamCopy(output.data + offset, output.landing + offset, bytes);
+        }
+      });
 }
 
 void RowMover::awaitRows() {
@@ -319,8 +319,7 @@ std::shared_ptr<const HandleState> RowMover::makeHandle() {
                          request_.plan->head.data(), DataType::int32, request_.numTokens, ranks);
   const auto* inRank = static_cast<const std::uint8_t*>(request_.inputs.isTokenInRank.data);
   auto copy = shared(std::vector<std::uint8_t>(inRank, inRank + request_.numTokens * ranks));
-  state->isTokenInRank =
-      wrap(copy, copy->data(), DataType::boolean, request_.numTokens, ranks);
+  state->isTokenInRank = wrap(copy, copy->data(), DataType::boolean, request_.numTokens, ranks);
   state->numRows = plan_.numRows;
   state->firstRowFrom = plan_.firstRowFrom;
   state->numRowsFrom = plan_.numRowsFrom;

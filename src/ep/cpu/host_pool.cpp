@@ -20,9 +20,9 @@ constexpr std::size_t kWorthAsking = std::size_t{1} << 20;
 
 std::byte* mapOrdinary(std::size_t bytes) {
   if (bytes >= kWorthAsking) requireMemory(static_cast<std::int64_t>(bytes), "an output");
-  void* data = EP_SYS_TRY(::mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                                 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0),
-                          "cannot take ", bytes, " bytes of memory");
+  void* data =
+      EP_SYS_TRY(::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0),
+                 "cannot take ", bytes, " bytes of memory");
   if (bytes >= kWorthAsking) ::madvise(data, bytes, MADV_HUGEPAGE);
   return static_cast<std::byte*>(data);
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
+#include "core/layout.hpp"
+
 #include <algorithm>
 #include <mutex>
 #include <span>
 
-#include "core/layout.hpp"
 #include "cpu/dispatch.hpp"
 
 namespace mscclpp_ep::cpu {

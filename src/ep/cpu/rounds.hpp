@@ -19,7 +19,8 @@ template <typename Record>
 Message encode(const Record& record, std::span<const std::int32_t> extra = {}) {
   Message message(sizeof(record) + extra.size_bytes());
   std::memcpy(message.data(), &record, sizeof(record));
-  if (!extra.empty()) std::memcpy(message.data() + sizeof(record), extra.data(), extra.size_bytes());
+  if (!extra.empty())
+    std::memcpy(message.data() + sizeof(record), extra.data(), extra.size_bytes());
   return message;
 }
 

@@ -7,7 +7,8 @@ namespace mscclpp_ep {
 
 std::shared_ptr<Backend> makeCudaBackend(Bootstrap&, const Admission&, BufferOptions&,
                                          std::uint64_t) {
-  throw NotBuilt("device is \"cuda\", but this build of mscclpp_ep has no CUDA backend; use \"cpu\"");
+  throw NotBuilt(
+      "device is \"cuda\", but this build of mscclpp_ep has no CUDA backend; use \"cpu\"");
 }
 
 }  // namespace mscclpp_ep

@@ -80,10 +80,10 @@ Peer decode(const Bootstrap::Bytes& bytes, std::size_t rank) {
   Peer peer;
   const bool whole = bytes.size() >= sizeof(Card);
   if (whole) std::memcpy(&peer.card, bytes.data(), sizeof(Card));
-  const std::uint64_t texts =
-      std::uint64_t{peer.card.refusalBytes} + peer.card.fingerprintBytes;
+  const std::uint64_t texts = std::uint64_t{peer.card.refusalBytes} + peer.card.fingerprintBytes;
   if (!whole || peer.card.magic != Card{}.magic || bytes.size() - sizeof(Card) != texts) {
-    throw PeerFailure(cat("rank ", rank, " does not speak this version's language; use the same "
+    throw PeerFailure(cat("rank ", rank,
+                          " does not speak this version's language; use the same "
                           "version of mscclpp_ep on every rank"));
   }
   const char* text = reinterpret_cast<const char*>(bytes.data() + sizeof(Card));
@@ -141,7 +141,8 @@ class Connector {
       socket = connectAbstract(socketName(peers_[peer].card.secret));
     } catch (const SystemError& error) {
       throw NotBuilt(cat("rank ", rank_, " cannot share memory with rank ", peer, " (",
-                         error.what(), "). This version serves ranks of one host and one network "
+                         error.what(),
+                         "). This version serves ranks of one host and one network "
                          "namespace"));
     }
     Greeting greeting{peers_[peer].card.secret, static_cast<std::int32_t>(rank_)};
@@ -167,9 +168,11 @@ class Connector {
   }
 
   void waitForCallers() {
-    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(deadline_ - Clock::now());
-    if (left.count() <= 0) throw Timeout(cat("rank ", rank_, " waited for ranks ", missing(),
-                                             " to connect; are they still running?"));
+    const auto left =
+        std::chrono::duration_cast<std::chrono::milliseconds>(deadline_ - Clock::now());
+    if (left.count() <= 0)
+      throw Timeout(cat("rank ", rank_, " waited for ranks ", missing(),
+                        " to connect; are they still running?"));
     std::vector<pollfd> entries{{listener_, POLLIN, 0}};
     for (const FileDescriptor& caller : callers_) entries.push_back({caller.get(), POLLIN, 0});
     ::poll(entries.data(), entries.size(), static_cast<int>(std::min<long>(left.count(), 1000)));
@@ -179,7 +182,8 @@ class Connector {
   bool hear(FileDescriptor& caller) {
     Greeting greeting;
     ReceivedMessage received;
-    switch (receiveMessage(caller.get(), std::as_writable_bytes(std::span(&greeting, 1)), received)) {
+    switch (
+        receiveMessage(caller.get(), std::as_writable_bytes(std::span(&greeting, 1)), received)) {
       case Arrival::nothing:
         return false;
       case Arrival::closed:
@@ -188,9 +192,9 @@ class Connector {
         break;
     }
     const auto peer = static_cast<std::size_t>(greeting.rank);
-    const bool known = received.bytes == sizeof(greeting) && peer > rank_ &&
-                       peer < peers_.size() && greeting.secret == peers_[rank_].card.secret &&
-                       !links_[peer].socket && !sameProcess(peer);
+    const bool known = received.bytes == sizeof(greeting) && peer > rank_ && peer < peers_.size() &&
+                       greeting.secret == peers_[rank_].card.secret && !links_[peer].socket &&
+                       !sameProcess(peer);
     if (!known) return true;
     adopt(peer, std::move(caller));
     --expected_;
@@ -220,9 +224,9 @@ void agree(Bootstrap& bootstrap, const std::optional<std::string>& failure) {
   const auto all = bootstrap.allGather(std::as_bytes(std::span(text.data(), text.size())));
   for (std::size_t rank = 0; rank < all.size(); ++rank) {
     if (all[rank].empty()) continue;
-    throw NotBuilt(cat("the ranks could not be connected; rank ", rank, " says: ",
-                       std::string_view(reinterpret_cast<const char*>(all[rank].data()),
-                                        all[rank].size())));
+    throw NotBuilt(
+        cat("the ranks could not be connected; rank ", rank, " says: ",
+            std::string_view(reinterpret_cast<const char*>(all[rank].data()), all[rank].size())));
   }
 }
 

@@ -95,7 +95,8 @@ void SegmentRegistry::remove(const Name& name) {
 
 void SegmentRegistry::removeRank(std::uint64_t rank) {
   const std::lock_guard lock(registry().mutex);
-  std::erase_if(registry().segments, [rank](const auto& entry) { return entry.first.rank == rank; });
+  std::erase_if(registry().segments,
+                [rank](const auto& entry) { return entry.first.rank == rank; });
 }
 
 }  // namespace mscclpp_ep

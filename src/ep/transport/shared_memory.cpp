@@ -192,8 +192,10 @@ void SharedMemory::throwIfPeerFailed(const std::string& missing) const {
     if (peer == rank_) continue;
     if (word(rank_, map_.abortWord(peer)).load() != 0) {
       throw PeerFailure(cat(describe(), ": rank ", peer, " gave up in operation ",
-                            word(rank_, map_.abortWord(peer)).load() >> 1, ", after an error of "
-                            "its own, while this rank waited for ", missing));
+                            word(rank_, map_.abortWord(peer)).load() >> 1,
+                            ", after an error of "
+                            "its own, while this rank waited for ",
+                            missing));
     }
     if (departed(peer)) {
       throw PeerFailure(cat(describe(), ": rank ", peer,

@@ -55,9 +55,7 @@ class SharedMemory final : public Transport {
   Peer& at(int peer) { return peers_[static_cast<std::size_t>(peer)]; }
   bool isThread(int peer) const { return at(peer).link.localRank != 0; }
   Doorbell doorbell(int peer) const;
-  SharedWord& word(int peer, std::size_t offset) const {
-    return sharedWord(control(peer), offset);
-  }
+  SharedWord& word(int peer, std::size_t offset) const { return sharedWord(control(peer), offset); }
 
   void announce(std::uint32_t id, std::size_t bytes, int fd);
   std::shared_ptr<Segment> findSegment(int peer, std::uint32_t id);

@@ -53,9 +53,9 @@ FileDescriptor takeDescriptor(msghdr& header) {
 FileDescriptor listenAbstract(const std::string& name, int backlog) {
   FileDescriptor listener = makeSocket(SOCK_NONBLOCK);
   const Address address = abstractAddress(name);
-  EP_SYS_TRY(::bind(listener.get(), reinterpret_cast<const sockaddr*>(&address.address),
-                    address.bytes),
-             "cannot bind an abstract Unix socket");
+  EP_SYS_TRY(
+      ::bind(listener.get(), reinterpret_cast<const sockaddr*>(&address.address), address.bytes),
+      "cannot bind an abstract Unix socket");
   EP_SYS_TRY(::listen(listener.get(), backlog), "cannot listen on a Unix socket");
   return listener;
 }
@@ -64,9 +64,9 @@ FileDescriptor connectAbstract(const std::string& name) {
   // Blocking while it connects: a full backlog is waited for, a missing listener is not.
   FileDescriptor socket = makeSocket(0);
   const Address address = abstractAddress(name);
-  EP_SYS_TRY(::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address.address),
-                       address.bytes),
-             "cannot connect to a rank's Unix socket");
+  EP_SYS_TRY(
+      ::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address.address), address.bytes),
+      "cannot connect to a rank's Unix socket");
   return socket;
 }
 

@@ -13,7 +13,8 @@ namespace mscclpp_ep {
 namespace {
 
 // std::atomic::wait is private to a process in libstdc++, and these words are shared.
-void futexWait(std::atomic<std::uint32_t>& word, std::uint32_t seen, std::chrono::nanoseconds limit) {
+void futexWait(std::atomic<std::uint32_t>& word, std::uint32_t seen,
+               std::chrono::nanoseconds limit) {
   const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(limit);
   timespec time{};
   time.tv_sec = seconds.count();

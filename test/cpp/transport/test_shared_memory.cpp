@@ -290,8 +290,8 @@ TEST_CASE("without an answer a rank does not leave for ever") {
 
 TEST_CASE("a process that is killed is noticed long before the timeout") {
   const testing::TemporaryFolder folder;
-  const auto ends = testing::endsOfProcesses(3, [&](int rank) {
-    const auto bootstrap = makeFileBootstrap(folder.path() + "/group", rank, 3);
+  const auto ends = testing::endsOfProcesses(2, [&](int rank) {
+    const auto bootstrap = makeFileBootstrap(folder.path() + "/group", rank, 2);
     SharedMemory memory(*bootstrap, withTimeout(testing::kLongTimeout));
     bootstrap->barrier();
     if (rank == 1) ::raise(SIGKILL);
@@ -300,10 +300,8 @@ TEST_CASE("a process that is killed is noticed long before the timeout") {
         errorOf<PeerFailure>([&] { memory.wait([] { return false; }, kSomething); }, "wait");
     require(contains(text, "rank 1 died"), text);
     require(Clock::now() - start < std::chrono::seconds(10), "it took too long");
-    // The other survivor's death is not to be mistaken for rank 1's.
-    memory.giveUp();
   });
-  CHECK(ends == std::vector<std::string>{"", " signal 9", ""});
+  CHECK(ends == std::vector<std::string>{"", " signal 9"});
 }
 
 TEST_CASE("a timeout longer than a clock counts is as good as none") {

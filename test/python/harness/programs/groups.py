@@ -63,6 +63,7 @@ def used_as_context_manager(context, seed: int) -> None:
     steps.raised(ep.Error, buffer.stats)
     try:
         with context.buffer() as buffer:
+            steps.round_trip(context, buffer, CASE, seed)
             raise LookupError
     except LookupError:
         steps.raised(ep.Error, buffer.stats)
