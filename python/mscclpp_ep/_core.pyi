@@ -201,6 +201,9 @@ class Buffer:
 
     def __init__(self, group: object, device: str, arena_bytes: int, max_arena_bytes: int, timeout: float, num_threads: int, ranks_per_domain: int, expert_map: Sequence[int], integrity_check: bool, first_epoch: int) -> None: ...
 
+    @staticmethod
+    def decline(group: object, why: str) -> None: ...
+
     @property
     def rank(self) -> int: ...
 

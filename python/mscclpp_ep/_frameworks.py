@@ -135,8 +135,8 @@ def resolve_dtype(dtype: Any) -> tuple[Framework, _core.DataType]:
     return framework, _DTYPES[name]
 
 
-def int32_array(framework: Framework, values: np.ndarray) -> Array:
-    """A small int32 array of the framework with the given values."""
+def small_array(framework: Framework, values: np.ndarray) -> Array:
+    """An array of the framework with the given values."""
     if isinstance(framework, _Torch):
         return framework._namespace.from_numpy(values)
     if isinstance(framework, _NumPy):

@@ -98,10 +98,6 @@ class Buffer:
             Timeout: A rank did not come.
         """
         del num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric
-        if low_latency_mode:
-            _not_built("low_latency_mode")
-        if enable_shrink:
-            _not_built("enable_shrink")
         self.group = group if group is not None else comm
         self.num_nvl_bytes = num_nvl_bytes
         self.num_rdma_bytes = num_rdma_bytes
@@ -109,18 +105,32 @@ class Buffer:
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
         bootstrap: GroupLike = as_group(self.group)
-        self._core = _core.Buffer(
-            bootstrap,
-            device=_device_name(device),
-            arena_bytes=operator.index(num_nvl_bytes),
-            max_arena_bytes=operator.index(max_arena_bytes),
-            timeout=float(timeout),
-            num_threads=operator.index(num_threads),
-            ranks_per_domain=operator.index(ranks_per_domain),
-            expert_map=[] if expert_map is None else [operator.index(r) for r in expert_map],
-            integrity_check=integrity_check,
-            first_epoch=first_epoch,
-        )
+
+        def convert() -> dict[str, Any]:
+            if low_latency_mode:
+                _not_built("low_latency_mode")
+            if enable_shrink:
+                _not_built("enable_shrink")
+            ranks = [] if expert_map is None else list(expert_map)
+            return {
+                "device": _device_name(device),
+                "arena_bytes": _integer("num_nvl_bytes", num_nvl_bytes),
+                "max_arena_bytes": _integer("max_arena_bytes", max_arena_bytes),
+                "timeout": _number("timeout", timeout),
+                "num_threads": _integer("num_threads", num_threads, bits=31),
+                "ranks_per_domain": _integer("ranks_per_domain", ranks_per_domain, bits=31),
+                "expert_map": [_integer("expert_map", rank, bits=31) for rank in ranks],
+                "integrity_check": bool(integrity_check),
+                "first_epoch": _integer("first_epoch", first_epoch),
+            }
+
+        try:
+            options = convert()
+        except _core.Error as error:
+            # The other ranks are connecting, or will: they must not wait for this one.
+            _core.Buffer.decline(bootstrap, str(error))
+            raise
+        self._core = _core.Buffer(bootstrap, **options)
         self.rank: int = self._core.rank
         self.group_size: int = self._core.size
 
@@ -188,7 +198,7 @@ class Buffer:
         _check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
         framework = framework_of(topk_idx)
         per_rank, per_expert, in_rank = self._core.get_dispatch_layout(
-            framework.view(topk_idx), operator.index(num_experts)
+            framework.view(topk_idx), _integer("num_experts", num_experts)
         )
         export = framework.export
         event = _finished(async_finish)
@@ -267,7 +277,8 @@ class Buffer:
                 "topk_weights": topk_weights,
             }
             views = [_view(name, array) for name, array in named.items()]
-            alignment, worst = operator.index(expert_alignment), operator.index(num_worst_tokens)
+            alignment = _integer("expert_alignment", expert_alignment)
+            worst = _integer("num_worst_tokens", num_worst_tokens)
             if handle is not None:
                 _check_handle(handle)
                 _check_cached(num_worst_tokens=worst, topk_idx=topk_idx, topk_weights=topk_weights)
@@ -288,10 +299,15 @@ class Buffer:
             )
         else:
             pending = self._core.begin_cached_dispatch(views[0], views[1], handle.core)
-        counts = pending.num_recv_tokens_per_expert
         arrays = x if isinstance(x, tuple) else (x,)
         sources = [*arrays, *([None] * (2 - len(arrays))), topk_idx, topk_weights]
-        outputs = self._make_outputs(pending, sources, [views[0], views[1], views[5], views[6]])
+        imported = [views[0], views[1], views[5], views[6]]
+        try:
+            counts = pending.num_recv_tokens_per_expert
+            outputs = self._make_outputs(pending.num_rows, sources, imported)
+        except BaseException as error:
+            self._core.abandon_dispatch(pending, str(error))
+            raise
         finished = self._core.finish_dispatch(pending, *outputs)
 
         exported = [
@@ -306,22 +322,15 @@ class Buffer:
         return recv_x, exported[2], exported[3], counts, wrapped, event
 
     def _make_outputs(
-        self,
-        pending: _core.PendingDispatch,
-        sources: Sequence[Array | None],
-        views: Sequence[_core.View | None],
+        self, rows: int, sources: Sequence[Array | None], views: Sequence[_core.View | None]
     ) -> list[_core.Tensor | None]:
         """Memory for what a dispatch receives: in the arena, so that rows arrive in place."""
-        try:
-            return [
-                None
-                if source is None or imported is None
-                else self._core.empty([pending.num_rows, shape_of(source)[1]], imported.dtype, True)
-                for source, imported in zip(sources, views, strict=True)
-            ]
-        except _core.Error as error:
-            self._core.abandon_dispatch(pending, str(error))
-            raise
+        return [
+            None
+            if imported is None
+            else self._core.empty([rows, shape_of(source)[1]], imported.dtype, True)
+            for source, imported in zip(sources, views, strict=True)
+        ]
 
     # Combine
 
@@ -418,7 +427,8 @@ class Buffer:
             SystemError: There is not enough memory.
         """
         framework, kind = resolve_dtype(dtype)
-        tensor = self._core.empty([operator.index(extent) for extent in shape], kind, True)
+        extents = [_integer("an extent of shape", extent) for extent in shape]
+        tensor = self._core.empty(extents, kind, True)
         return framework.export(tensor, dtype)
 
     def record_stream(self, tensor: Array, stream: object) -> None:
@@ -555,14 +565,20 @@ class Buffer:
         """Converts arguments; if that fails, refuses the operation, so that no rank waits."""
         try:
             return convert()
-        except Exception as error:
-            try:
-                self._core.refuse(operation, str(error))
-            except _core.Error as failure:
-                raise failure from error
-            if isinstance(error, _core.Error):
+        except BaseException as error:
+            self._refuse(operation, str(error))
+            if isinstance(error, _core.Error) or not isinstance(error, Exception):
                 raise
             raise InvalidArgument(str(error)) from error
+
+    def _refuse(self, operation: _core.Operation, why: str) -> None:
+        try:
+            self._core.refuse(operation, why)
+        except _core.Error:
+            # The buffer has failed or is destroyed, which its next call says. The mistake that led
+            # here comes first.
+            if self._core.destroyed:
+                raise
 
 
 _LOW_LATENCY = frozenset(
@@ -589,6 +605,26 @@ def _device_name(device: Any) -> str:
         return name.split(":", maxsplit=1)[0]
     msg = f'device is {device!r}; it must be "cpu", "cuda" or "cuda:N"'
     raise InvalidArgument(msg)
+
+
+def _integer(name: str, value: Any, bits: int = 63) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        msg = f"{name} is {value!r}; it must be an integer"
+        raise InvalidArgument(msg) from error
+    if not -(2**bits) <= number < 2**bits:
+        msg = f"{name} is {number}; it must be between -2^{bits} and 2^{bits}"
+        raise InvalidArgument(msg)
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        msg = f"{name} is {value!r}; it must be a number"
+        raise InvalidArgument(msg) from error
 
 
 def _finished(async_finish: bool) -> EventOverlap:
@@ -622,7 +658,7 @@ def _check_given(name: str, array: object, shape: str) -> None:
 
 
 def _check_handle(handle: object) -> None:
-    if not isinstance(handle, DispatchHandle):
+    if not isinstance(handle, DispatchHandle) or not hasattr(handle, "core"):
         msg = f"handle is a {type(handle).__name__}; it must be what dispatch returned"
         raise InvalidArgument(msg)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mscclpp_ep._frameworks import int32_array
+from mscclpp_ep._frameworks import small_array
 
 if TYPE_CHECKING:
     from mscclpp_ep import _core
@@ -29,7 +29,7 @@ class DispatchHandle(tuple["Array", ...]):
     Attributes:
         core: The handle of the C++ library.
         num_recv_tokens: Rows that came; more than N if `num_worst_tokens` was too small.
-        num_recv_tokens_per_expert: int32 [L], not rounded up.
+        num_recv_tokens_per_expert: int64 [L], not rounded up.
         epoch: Number of the dispatch, the same on every rank.
     """
 
@@ -48,9 +48,9 @@ class DispatchHandle(tuple["Array", ...]):
         sent = np.array(core.num_send_tokens, np.int32).reshape(ranks, 1)
         handle = cls(
             (
-                int32_array(framework, matrix),
-                int32_array(framework, sent),
-                int32_array(framework, np.zeros((ranks, 1), np.int32)),
+                small_array(framework, matrix),
+                small_array(framework, sent),
+                small_array(framework, np.zeros((ranks, 1), np.int32)),
                 framework.export(core.recv_source_index),
                 framework.export(core.is_token_in_rank),
                 framework.export(core.send_head),
@@ -58,7 +58,7 @@ class DispatchHandle(tuple["Array", ...]):
         )
         handle.core = core
         handle.num_recv_tokens = core.num_recv_tokens
-        per_expert = np.array(core.num_recv_tokens_per_expert, np.int32)
-        handle.num_recv_tokens_per_expert = int32_array(framework, per_expert)
+        per_expert = np.array(core.num_recv_tokens_per_expert, np.int64)
+        handle.num_recv_tokens_per_expert = small_array(framework, per_expert)
         handle.epoch = core.epoch
         return handle

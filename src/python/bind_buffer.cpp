@@ -152,6 +152,14 @@ void bindBuffer(nb::module_& m) {
            nb::arg("max_arena_bytes"), nb::arg("timeout"), nb::arg("num_threads"),
            nb::arg("ranks_per_domain"), nb::arg("expert_map"), nb::arg("integrity_check"),
            nb::arg("first_epoch"))
+      .def_static(
+          "decline",
+          [](nb::handle group, const std::string& why) {
+            PythonBootstrap bootstrap(group);
+            const nb::gil_scoped_release release;
+            Buffer::decline(bootstrap, why);
+          },
+          nb::arg("group"), nb::arg("why"))
       .def_prop_ro("rank", &Buffer::rank)
       .def_prop_ro("size", &Buffer::size)
       .def_prop_ro("num_threads", [](const Buffer& self) { return self.options().numThreads; })

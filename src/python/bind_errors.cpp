@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include <nanobind/nanobind.h>
 
+#include <cstring>
+
 #include "bind.hpp"
 #include "mscclpp_ep/error.hpp"
 
@@ -70,7 +72,11 @@ void bindErrors(nb::module_& m) {
     try {
       std::rethrow_exception(exception);
     } catch (const Error& error) {
-      PyErr_SetString(typeOf(error), error.what());
+      // A message may quote bytes that are no UTF-8.
+      const auto text = nb::steal(
+          PyUnicode_DecodeUTF8(error.what(), static_cast<Py_ssize_t>(std::strlen(error.what())),
+                               "replace"));
+      PyErr_SetObject(typeOf(error), text.ptr());
     }
   });
 }

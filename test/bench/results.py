@@ -4,16 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
-import re
 import statistics
-from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import host
 import limits
 import mscclpp_ep as ep
 import ours
@@ -167,7 +163,7 @@ class Results:
         """Everything, for a file."""
         return {
             "version": ep.__version__,
-            "machine": _machine() | {"load_before": self.load},
+            "machine": host.describe() | {"load_before": self.load},
             "settings": dataclasses.asdict(self.settings),
             "rows": [dataclasses.asdict(row) for row in self.rows],
             "limit_ms": {str(size): limit for size, limit in self.limit_ms.items()},
@@ -189,20 +185,3 @@ def _duration(spans: Iterable[Span]) -> float:
 def _kind(op: str) -> str:
     """What an operation is, whatever its circumstances."""
     return op.split(",", maxsplit=1)[0]
-
-
-def _processor() -> str:
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return name.group(1) if name else platform.machine()
-
-
-def _machine() -> dict[str, Any]:
-    packages = {"numpy", "torch"} & {d.metadata["Name"] for d in metadata.distributions()}
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": _processor(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in sorted(packages)},
-    }

@@ -67,19 +67,24 @@ const char* name(Operation operation) {
 Status refusal(Verdict verdict, std::string_view why) {
   Status status;
   status.verdict = verdict;
-  std::memcpy(status.reason, why.data(), std::min(why.size(), sizeof(status.reason) - 1));
+  std::size_t bytes = std::min(why.size(), sizeof(status.reason) - 1);
+  // Not inside a character of UTF-8, whose later bytes begin with the bits 10.
+  while (bytes < why.size() && bytes > 0 && (why[bytes] & 0xC0) == 0x80) --bytes;
+  std::memcpy(status.reason, why.data(), bytes);
   return status;
+}
+
+std::string_view reasonOf(const Status& status) {
+  return {status.reason, ::strnlen(status.reason, kReasonBytes)};
 }
 
 void requireAll(std::span<const Status> statuses, const char* operation) {
   for (std::size_t rank = 0; rank < statuses.size(); ++rank) {
     if (statuses[rank].verdict == Verdict::go) continue;
-    const std::string_view reason(statuses[rank].reason,
-                                  ::strnlen(statuses[rank].reason, kReasonBytes));
     const char* what =
         statuses[rank].verdict == Verdict::noRoom ? " has no room for the " : " refused the ";
     throw OperationRefused{
-        std::make_exception_ptr(PeerFailure(cat("rank ", rank, what, operation, ": ", reason)))};
+        std::make_exception_ptr(PeerFailure(cat("rank ", rank, what, operation, ": ", reasonOf(statuses[rank]))))};
   }
 }
 

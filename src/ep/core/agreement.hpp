@@ -29,6 +29,9 @@ const char* name(Operation operation);
 /// A status that refuses, with as much of the reason as fits.
 Status refusal(Verdict verdict, std::string_view why);
 
+/// The reason, which a peer wrote: it may lack its end.
+std::string_view reasonOf(const Status& status);
+
 /// Throws OperationRefused with a PeerFailure if a rank refused, naming it and its reason.
 void requireAll(std::span<const Status> statuses, const char* operation);
 

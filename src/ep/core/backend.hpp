@@ -85,6 +85,9 @@ struct Admission {
   std::string fingerprint;  ///< of the options on which ranks must agree
 };
 
+/// Lets the ranks that connect know that this one cannot, and returns.
+void declineToConnect(Bootstrap& bootstrap, std::string_view why);
+
 /// Connects the ranks. `options` are checked, with the defaults that do not depend on other ranks
 /// filled in; the backend fills in the others.
 std::shared_ptr<Backend> makeCpuBackend(Bootstrap& bootstrap, const Admission& admission,

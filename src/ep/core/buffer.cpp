@@ -5,6 +5,7 @@
 
 #include "core/backend.hpp"
 #include "core/check.hpp"
+#include "core/memory_map.hpp"
 #include "core/validate.hpp"
 #include "mscclpp_ep/version.hpp"
 
@@ -34,18 +35,22 @@ std::shared_ptr<Backend> connect(Bootstrap& bootstrap, BufferOptions& options, s
   try {
     validateOptions(options, bootstrap.size());
   } catch (const Error& error) {
-    BufferOptions defaults;
-    try {
-      makeCpuBackend(bootstrap, {error.what(), ""}, defaults, id);
-    } catch (const Error&) {
-      // Expected: a refused admission always ends in an error, and ours is the one that says why.
-    }
+    declineToConnect(bootstrap, error.what());
     throw;
   }
   return makeCpuBackend(bootstrap, {"", fingerprint(options)}, options, id);
 }
 
 }  // namespace
+
+void declineToConnect(Bootstrap& bootstrap, std::string_view why) {
+  BufferOptions defaults;
+  try {
+    makeCpuBackend(bootstrap, {std::string(why), ""}, defaults, 0);
+  } catch (const Error&) {
+    // Expected: a refused admission always ends in an error, and the caller has one that says why.
+  }
+}
 
 class Buffer::Impl {
  public:
@@ -76,7 +81,7 @@ class Buffer::Impl {
     Backend& target = backend();
     try {
       return check();
-    } catch (const Error& error) {
+    } catch (const std::exception& error) {
       refuseQuietly(target, operation, error.what());
       throw;
     }
@@ -92,6 +97,7 @@ class Buffer::Impl {
   Tensor allocate(std::span<const std::int64_t> shape, DataType dtype, MemoryKind kind) {
     EP_EXPECTS(shape.size() <= kMaxDimensions, "a shape of ", shape.size(),
                " dimensions was given; at most ", kMaxDimensions, " are allowed");
+    std::size_t bytes = itemSize(dtype);
     TensorView view;
     view.dtype = dtype;
     view.ndim = static_cast<int>(shape.size());
@@ -102,8 +108,9 @@ class Buffer::Impl {
       view.shape[i] = shape[i];
       view.strides[i] = stride;
       stride *= shape[i];
+      bytes = arrayBytes(shape[i], bytes);
     }
-    Tensor tensor = backend().allocate(numBytes(view), kind);
+    Tensor tensor = backend().allocate(bytes, kind);
     view.data = tensor.view.data;
     tensor.view = view;
     return tensor;
@@ -137,6 +144,10 @@ Buffer::Impl& Buffer::impl() const {
   return *impl_;
 }
 
+void Buffer::decline(Bootstrap& bootstrap, std::string_view why) {
+  declineToConnect(bootstrap, why);
+}
+
 int Buffer::rank() const { return impl().facts.rank; }
 int Buffer::size() const { return impl().facts.numRanks; }
 const BufferOptions& Buffer::options() const { return impl().options; }
@@ -154,10 +165,12 @@ PendingDispatch Buffer::beginDispatch(const DispatchInputs& inputs, const Dispat
                                       const CallOptions& call) {
   DispatchRequest request = impl().checkedOrRefused(Operation::dispatch, [&] {
     validateCall(impl().facts, call);
-    return validateDispatch(impl().facts, inputs, options);
+    DispatchRequest checked = validateDispatch(impl().facts, inputs, options);
+    checked.placement = impl().placement(checked.signature.numExperts);
+    validateExpertCounts(checked);
+    return checked;
   });
   request.call = call;
-  request.placement = impl().placement(request.signature.numExperts);
   return PendingDispatch(impl().backend().beginDispatch(std::move(request)));
 }
 
@@ -165,10 +178,11 @@ PendingDispatch Buffer::beginCachedDispatch(const DispatchInputs& inputs,
                                             const DispatchHandle& handle, const CallOptions& call) {
   DispatchRequest request = impl().checkedOrRefused(Operation::cachedDispatch, [&] {
     validateCall(impl().facts, call);
-    return validateCachedDispatch(impl().facts, inputs, handle);
+    DispatchRequest checked = validateCachedDispatch(impl().facts, inputs, handle);
+    checked.placement = impl().placement(checked.signature.numExperts);
+    return checked;
   });
   request.call = call;
-  request.placement = impl().placement(request.signature.numExperts);
   return PendingDispatch(impl().backend().beginDispatch(std::move(request)));
 }
 

@@ -7,7 +7,23 @@
 
 namespace mscclpp_ep {
 
+namespace {
+
+// More than any address space, and far enough from 2^64 for sums of a few.
+constexpr std::size_t kMostBytes = std::size_t{1} << 56;
+
+}  // namespace
+
+std::size_t arrayBytes(std::int64_t rows, std::size_t rowBytes) {
+  std::size_t bytes = 0;
+  const bool overflow = __builtin_mul_overflow(static_cast<std::size_t>(rows), rowBytes, &bytes);
+  EP_EXPECTS(rows >= 0 && !overflow && bytes <= kMostBytes, rows, " rows of ", rowBytes,
+             " bytes were asked for; no memory is that large");
+  return bytes;
+}
+
 std::size_t blockBytes(std::size_t wanted) {
+  EP_EXPECTS(wanted <= kMostBytes, wanted, " bytes were asked for; no memory is that large");
   if (wanted <= kPage) return kPage;
   const std::size_t step = std::max(std::bit_floor(wanted) / 4, kPage);
   return alignUp(wanted, step);
@@ -17,7 +33,7 @@ LandingMap landingMap(std::int64_t rows, const std::int64_t (&rowBytes)[kNumColu
   LandingMap map;
   for (int column = 0; column < kNumColumns; ++column) {
     map.offset[column] = map.bytes;
-    map.bytes += alignUp(static_cast<std::size_t>(rows * rowBytes[column]), kPage);
+    map.bytes += alignUp(arrayBytes(rows, static_cast<std::size_t>(rowBytes[column])), kPage);
   }
   return map;
 }
@@ -31,7 +47,7 @@ std::int64_t dispatchBytes(std::int64_t rows, const RowShape& shape) {
   for (const std::int64_t bytes :
        {shape.rowBytes, shape.scaleBytes, shape.topk * shape.indexBytes,
         shape.topk * std::int64_t{sizeof(float)}, std::int64_t{sizeof(std::int32_t)}}) {
-    if (bytes > 0) total += blockBytes(static_cast<std::size_t>(rows * bytes));
+    if (bytes > 0) total += blockBytes(arrayBytes(rows, static_cast<std::size_t>(bytes)));
   }
   return static_cast<std::int64_t>(total);
 }

@@ -102,6 +102,9 @@ class ControlMap {
   std::size_t numRanks_;
 };
 
+/// Bytes of `rows` rows. Throws InvalidArgument for more than any memory has.
+std::size_t arrayBytes(std::int64_t rows, std::size_t rowBytes);
+
 /// Blocks come in sizes of four steps an octave, so that operations of about the same size reuse
 /// each other's, and begin at multiples of a page.
 std::size_t blockBytes(std::size_t wanted);

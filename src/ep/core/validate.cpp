@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "core/validate.hpp"
 
-#include <cmath>
 #include <initializer_list>
 #include <limits>
 
@@ -12,6 +11,9 @@ namespace mscclpp_ep {
 namespace {
 
 constexpr std::int64_t kAnyExtent = -1;
+constexpr std::int64_t kMostRows = std::numeric_limits<std::int32_t>::max();
+// Sums of time points stay far from the end of a 64-bit clock of nanoseconds.
+constexpr double kLongestTimeout = 1e9;
 
 /// What an argument must be, for the check and for the message alike.
 struct Expected {
@@ -107,6 +109,25 @@ void checkNumExperts(const BufferFacts& facts, std::int64_t numExperts) {
              ", but this buffer's expert_map places ", mapped, " experts");
 }
 
+/// The choices of tokens that go to the rank of their expert, by expert.
+template <typename Index>
+std::vector<std::int64_t> countChoices(const DispatchRequest& request) {
+  const TensorView& topkIdx = request.inputs.topkIdx;
+  const auto* ids = static_cast<const Index*>(topkIdx.data);
+  const auto* heads = request.plan->head.data();
+  const auto ranks = static_cast<std::int64_t>(request.plan->numRows.size());
+  std::vector<std::int64_t> counts(static_cast<std::size_t>(request.placement->numExperts()));
+  for (std::int64_t token = 0; token < request.numTokens; ++token) {
+    for (std::int64_t k = 0; k < topkIdx.shape[1]; ++k) {
+      const Index expert = ids[token * topkIdx.shape[1] + k];
+      if (expert < 0) continue;
+      const bool sent = heads[token * ranks + request.placement->owner(expert)] >= 0;
+      counts[static_cast<std::size_t>(expert)] += sent ? 1 : 0;
+    }
+  }
+  return counts;
+}
+
 void checkCounts(const BufferFacts& facts, const DispatchInputs& inputs, const SendPlan& plan) {
   const auto* perRank = static_cast<const std::int32_t*>(inputs.numTokensPerRank.data);
   for (int r = 0; r < facts.numRanks; ++r) {
@@ -153,10 +174,11 @@ void describeTopk(const BufferFacts& facts, const DispatchInputs& inputs, Signat
 }
 
 void checkDispatchOptions(const DispatchOptions& options, bool topk) {
-  EP_EXPECTS(options.expertAlignment >= 1, "expert_alignment is ", options.expertAlignment,
-             "; it must be at least 1");
-  EP_EXPECTS(options.numWorstTokens >= 0, "num_worst_tokens is ", options.numWorstTokens,
-             "; it must not be negative");
+  EP_EXPECTS(options.expertAlignment >= 1 && options.expertAlignment <= kMostRows,
+             "expert_alignment is ", options.expertAlignment, "; it must be 1 to ", kMostRows);
+  EP_EXPECTS(options.numWorstTokens >= 0 && options.numWorstTokens <= kMostRows,
+             "num_worst_tokens is ", options.numWorstTokens, "; it must be 0 (not given) to ",
+             kMostRows);
   EP_EXPECTS(options.numWorstTokens == 0 || topk, "num_worst_tokens is ", options.numWorstTokens,
              ", which needs topk_idx and topk_weights: rows not received are told by index -1");
 }
@@ -177,8 +199,9 @@ void checkHidden(const HandleState& handle, const TensorView& x) {
 }  // namespace
 
 void validateOptions(const BufferOptions& options, int numRanks) {
-  EP_EXPECTS(options.timeout.count() > 0 && std::isfinite(options.timeout.count()), "timeout is ",
-             options.timeout.count(), " s; it must be more than 0 and finite");
+  const double timeout = options.timeout.count();
+  EP_EXPECTS(timeout > 0 && timeout <= kLongestTimeout, "timeout is ", timeout,
+             " s; it must be more than 0 and at most ", kLongestTimeout);
   EP_EXPECTS(options.arenaBytes >= 0, "num_nvl_bytes is ", options.arenaBytes,
              "; it must not be negative");
   EP_EXPECTS(options.maxArenaBytes >= 0, "max_arena_bytes is ", options.maxArenaBytes,
@@ -271,6 +294,18 @@ DispatchRequest validateCachedDispatch(const BufferFacts& facts, const DispatchI
   request.plan = state.plan;
   request.cached = handle.state();
   return request;
+}
+
+void validateExpertCounts(const DispatchRequest& request) {
+  if (!request.inputs.topkIdx) return;
+  const auto counts = request.inputs.topkIdx.dtype == DataType::int32
+                          ? countChoices<std::int32_t>(request)
+                          : countChoices<std::int64_t>(request);
+  const auto* given = static_cast<const std::int32_t*>(request.inputs.numTokensPerExpert.data);
+  for (std::size_t e = 0; e < counts.size(); ++e) {
+    EP_EXPECTS(given[e] == counts[e], "num_tokens_per_expert[", e, "] is ", given[e],
+               ", but topk_idx and is_token_in_rank send ", counts[e], " choices to expert ", e);
+  }
 }
 
 void validateDispatchOutputs(const PendingState& pending, const DispatchOutputs& outputs) {

@@ -27,10 +27,13 @@ void validateLayout(const BufferFacts& facts, const TensorView& topkIdx, std::in
                     const LayoutOutputs& outputs);
 
 /// `signature`, `inputs`, `options`, `numTokens` and `plan` are filled in; the rest is not.
+/// validateExpertCounts() follows when `placement` is, too.
 DispatchRequest validateDispatch(const BufferFacts& facts, const DispatchInputs& inputs,
                                  const DispatchOptions& options);
 DispatchRequest validateCachedDispatch(const BufferFacts& facts, const DispatchInputs& inputs,
                                        const DispatchHandle& handle);
+/// Counts per expert are those of the choices of the tokens that go to the expert's rank.
+void validateExpertCounts(const DispatchRequest& request);
 void validateDispatchOutputs(const PendingState& pending, const DispatchOutputs& outputs);
 
 CombineRequest validateCombine(const BufferFacts& facts, const CombineInputs& inputs,

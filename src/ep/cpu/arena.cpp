@@ -49,7 +49,14 @@ bool Arena::grow(std::size_t bytes) {
   if (frozen_ || bytes > room) return false;
   const std::size_t wanted = std::min(std::max(bytes, kSmallestSegment), room / kPage * kPage);
   if (wanted < bytes || static_cast<std::int64_t>(wanted) > availableMemory()) return false;
-  SharedBlock segment = transport_.share(wanted);
+  SharedBlock segment;
+  try {
+    segment = transport_.share(wanted);
+  } catch (const SystemError&) {
+    // Memory went to somebody else meanwhile. What finds no block takes the landing block, or
+    // ordinary memory, whose own error names the size.
+    return false;
+  }
   segmentBytes_ += wanted;
   allocator_.addSegment(segment.id, wanted);
   segments_.emplace(segment.id, std::move(segment));

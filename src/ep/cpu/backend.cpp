@@ -27,21 +27,21 @@ constexpr int kMostDefaultThreads = 16;
 
 class CpuBackend final : public Backend, public std::enable_shared_from_this<CpuBackend> {
  public:
-  CpuBackend(std::unique_ptr<Transport> transport, const BufferOptions& options,
-             std::uint64_t bufferId)
+  CpuBackend(std::unique_ptr<Transport> transport, std::unique_ptr<Workers> workers,
+             const BufferOptions& options, std::uint64_t bufferId)
       : transport_(std::move(transport)),
         mailbox_(*transport_, Lane::highThroughput, options.firstEpoch),
         arena_(*transport_,
                static_cast<std::size_t>(std::min(options.arenaBytes, kMostInitialArenaBytes)),
                static_cast<std::size_t>(options.maxArenaBytes)),
-        workers_(options.numThreads),
-        context_{*transport_, mailbox_, arena_, pool_, workers_, rowKernels(), stats_, bufferId},
+        workers_(std::move(workers)),
+        context_{*transport_, mailbox_, arena_, pool_, *workers_, rowKernels(), stats_, bufferId},
         nextEpoch_(options.firstEpoch) {}
 
   void getDispatchLayout(const TensorView& topkIdx, const ExpertPlacement& placement,
                          const LayoutOutputs& outputs) override {
     refuseChild();
-    countTokens(workers_, topkIdx, placement, outputs);
+    countTokens(*workers_, topkIdx, placement, outputs);
   }
 
   std::unique_ptr<PendingState> beginDispatch(DispatchRequest request) override;
@@ -73,7 +73,7 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
   Mailbox mailbox_;
   Arena arena_;
   HostPool pool_;
-  Workers workers_;
+  std::unique_ptr<Workers> workers_;
   BufferStats stats_;
   Context context_;
   std::uint64_t nextEpoch_;
@@ -239,7 +239,13 @@ BufferStats CpuBackend::stats() {
 
 void CpuBackend::destroy() {
   // In a forked child, or after a failure, there is nobody to wait for.
-  if (::getpid() == process_ && failure_.empty()) transport_->leave();
+  if (::getpid() != process_ || !failure_.empty()) return;
+  if (begun_) {
+    run("dispatch", [&] {
+      abandonRows(context_, Verdict::rejected, "it destroyed its buffer before it had finished");
+    });
+  }
+  transport_->leave();
 }
 
 }  // namespace
@@ -247,19 +253,35 @@ void CpuBackend::destroy() {
 
 std::shared_ptr<Backend> makeCpuBackend(Bootstrap& bootstrap, const Admission& admission,
                                         BufferOptions& options, std::uint64_t bufferId) {
+  const int ranks = bootstrap.size();
   SharedMemoryOptions transportOptions;
   transportOptions.connect.refusal = admission.refusal;
   transportOptions.connect.fingerprint = admission.fingerprint;
   transportOptions.connect.timeout = options.timeout;
-  transportOptions.pollInterrupt = options.pollInterrupt;
-  auto transport = std::make_unique<SharedMemory>(bootstrap, std::move(transportOptions));
-  const int ranks = transport->ranksOnHost();
+  transportOptions.connect.pollInterrupt = options.pollInterrupt;
   if (options.maxArenaBytes == 0) options.maxArenaBytes = availableMemory() / 2 / ranks;
   if (options.numThreads == 0) {
     options.numThreads = std::clamp(coresAvailable() / ranks, 1, cpu::kMostDefaultThreads);
   }
   options.ranksPerDomain = ranks;
-  return std::make_shared<cpu::CpuBackend>(std::move(transport), options, bufferId);
+
+  std::unique_ptr<cpu::Workers> workers;
+  std::exception_ptr failure;
+  try {
+    workers = std::make_unique<cpu::Workers>(options.numThreads);
+  } catch (const Error& error) {
+    failure = std::current_exception();
+    transportOptions.connect.refusal = error.what();
+  }
+  std::unique_ptr<Transport> transport;
+  try {
+    transport = std::make_unique<SharedMemory>(bootstrap, std::move(transportOptions));
+  } catch (const Error&) {
+    if (failure != nullptr) std::rethrow_exception(failure);
+    throw;
+  }
+  return std::make_shared<cpu::CpuBackend>(std::move(transport), std::move(workers), options,
+                                           bufferId);
 }
 
 }  // namespace mscclpp_ep

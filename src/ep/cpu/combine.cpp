@@ -45,6 +45,8 @@ class RowReducer {
     offerInputs();
     receiveOffers();
     reduceAll();
+    // A rank that gave up may have let its caller overwrite the rows, also those read already.
+    context_.transport.requireNobodyGaveUp();
     finish();
   }
 
@@ -104,7 +106,7 @@ void RowReducer::offerInputs() {
 }
 
 ArrayAddress RowReducer::offer(const TensorView& input, std::size_t rowBytes, bool copyAtOnce) {
-  const std::size_t bytes = static_cast<std::size_t>(numReceived()) * rowBytes;
+  const std::size_t bytes = arrayBytes(numReceived(), rowBytes);
   if (bytes == 0 || context_.size() == 1) return {};
   if (const auto address = context_.arena.locate(input.data, bytes)) {
     if (!copyAtOnce) context_.stats.pulledRows += numReceived();
@@ -256,7 +258,10 @@ void RowReducer::reduceToken(std::int64_t token, std::vector<const void*>& rows,
 /// Returns when nobody reads this rank's memory any more.
 void RowReducer::finish() {
   for (int peer = 0; peer < context_.size(); ++peer) {
-    if (peer != context_.rank()) context_.raise(kRowsRead, peer, 0);
+    if (peer == context_.rank()) continue;
+    // Every combine writes every word, so that none is old enough to be taken for a new one.
+    if (staging_ == nullptr) context_.raise(kRowsStaged, peer, 0);
+    context_.raise(kRowsRead, peer, 0);
   }
   const auto late = [&] {
     std::vector<int> ranks;

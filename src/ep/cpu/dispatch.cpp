@@ -95,7 +95,7 @@ class RowMover {
 /// Finds out which outputs rows can arrive in, and a landing block for the others.
 void RowMover::bindOutputs(const DispatchOutputs& outputs) {
   if (request_.cached == nullptr) {
-    const auto bytes = static_cast<std::size_t>(plan_.numRows) * sizeof(std::int32_t);
+    const std::size_t bytes = arrayBytes(plan_.numRows, sizeof(std::int32_t));
     const auto block = context_.arena.allocate(bytes);
     sourceIndex_.owner = block ? block->data : context_.pool.allocate(bytes);
     sourceIndex_.view = makeView(sourceIndex_.owner.get(), DataType::int32, {plan_.numRows});
@@ -110,7 +110,7 @@ void RowMover::bindOutputs(const DispatchOutputs& outputs) {
     if (rowBytes(column) == 0 || plan_.numRows == 0) continue;
     Output& output = outputs_[column];
     output.data = static_cast<std::byte*>(views[column]->data);
-    const auto bytes = static_cast<std::size_t>(plan_.numRows * rowBytes(column));
+    const std::size_t bytes = arrayBytes(plan_.numRows, writer_.rowBytes(column));
     const auto address = context_.arena.locate(output.data, bytes);
     output.address = address.value_or(ArrayAddress{.access = Access::landing});
     landed_ = landed_ || !address;
@@ -315,8 +315,9 @@ std::shared_ptr<const HandleState> RowMover::makeHandle() {
   state->numExperts = request_.signature.numExperts;
   state->opaqueRows = isOpaque(request_.inputs.x.dtype);
   state->plan = request_.plan;
-  state->sendHead = wrap(std::const_pointer_cast<SendPlan>(request_.plan),
-                         request_.plan->head.data(), DataType::int32, request_.numTokens, ranks);
+  // Callers may write to what the handle shows; the routing itself stays as it is.
+  const auto heads = shared(request_.plan->head);
+  state->sendHead = wrap(heads, heads->data(), DataType::int32, request_.numTokens, ranks);
   const auto* inRank = static_cast<const std::uint8_t*>(request_.inputs.isTokenInRank.data);
   auto copy = shared(std::vector<std::uint8_t>(inRank, inRank + request_.numTokens * ranks));
   state->isTokenInRank = wrap(copy, copy->data(), DataType::boolean, request_.numTokens, ranks);

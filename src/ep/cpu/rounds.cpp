@@ -3,11 +3,34 @@
 
 namespace mscclpp_ep::cpu {
 
+namespace {
+
+/// A rank that refuses may leave at once. What it said explains more than that it is gone.
+void throwRefusalOfOneGone(const Context& context) {
+  for (int rank = 0; rank < context.size(); ++rank) {
+    const Message* entry = context.mailbox.received(rank);
+    if (entry == nullptr) continue;
+    const auto head = decode<EntryHead>(*entry);
+    if (head.status.verdict == Verdict::go) continue;
+    throw PeerFailure(cat("rank ", rank, " refused the operation, and a rank left: ",
+                          reasonOf(head.status)));
+  }
+}
+
+}  // namespace
+
 const std::vector<Message>& exchangeEntries(Context& context,
                                             const std::vector<Message>& outgoing) {
-  const auto& entries =
-      context.mailbox.exchange(context.epoch, static_cast<std::uint32_t>(Round::entry), outgoing,
-                               "the entry into the operation");
+  const auto exchange = [&]() -> const std::vector<Message>& {
+    try {
+      return context.mailbox.exchange(context.epoch, static_cast<std::uint32_t>(Round::entry),
+                                      outgoing, "the entry into the operation");
+    } catch (const PeerFailure&) {
+      throwRefusalOfOneGone(context);
+      throw;
+    }
+  };
+  const auto& entries = exchange();
   std::vector<Status> statuses;
   std::vector<Signature> signatures;
   for (const Message& entry : entries) {

@@ -1,69 +1,127 @@
 // SPDX-License-Identifier: MIT
 #include "cpu/workers.hpp"
 
-#include <algorithm>
+#include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "core/check.hpp"
 #include "cpu/simd.hpp"
 
 namespace mscclpp_ep::cpu {
 
-Workers::Workers(int numThreads) {
-  threads_.reserve(static_cast<std::size_t>(numThreads - 1));
-  for (int i = 1; i < numThreads; ++i) threads_.emplace_back([this] { helperLoop(); });
+using Work = std::function<void(std::int64_t, std::int64_t)>;
+
+struct Workers::State {
+  ~State();
+  void start(int numHelpers);
+  void run(std::int64_t newCount, std::int64_t newGrain, const Work& newWork);
+  void helperLoop();
+  void takeParts();
+
+  std::mutex mutex;
+  std::condition_variable wake;
+  std::condition_variable finished;
+  std::uint64_t generation = 0;
+  int active = 0;
+  bool stopping = false;
+  std::exception_ptr failure;
+
+  const Work* work = nullptr;
+  std::atomic<std::int64_t> next{0};
+  std::int64_t count = 0;
+  std::int64_t grain = 1;
+  std::vector<std::thread> helpers;
+};
+
+Workers::State::~State() {
+  {
+    const std::lock_guard lock(mutex);
+    stopping = true;
+  }
+  wake.notify_all();
+  for (std::thread& helper : helpers) helper.join();
 }
 
-Workers::~Workers() {
-  {
-    const std::lock_guard lock(mutex_);
-    stopping_ = true;
+void Workers::State::start(int numHelpers) {
+  helpers.reserve(static_cast<std::size_t>(numHelpers));
+  try {
+    for (int i = 0; i < numHelpers; ++i) helpers.emplace_back([this] { helperLoop(); });
+  } catch (const std::system_error& error) {
+    throw SystemError(cat("the system refused thread ", helpers.size() + 2, " of ", numHelpers + 1,
+                          " (", error.what(), "); give a smaller num_threads"));
   }
-  wake_.notify_all();
-  for (std::thread& thread : threads_) thread.join();
 }
 
-void Workers::run(std::int64_t count, std::int64_t grain,
-                  const std::function<void(std::int64_t, std::int64_t)>& work) {
-  if (threads_.empty() || count <= grain) {
-    if (count > 0) work(0, count);
-    streamFence();
-    return;
-  }
+void Workers::State::run(std::int64_t newCount, std::int64_t newGrain, const Work& newWork) {
   {
-    const std::lock_guard lock(mutex_);
-    work_ = &work;
-    count_ = count;
-    grain_ = grain;
-    next_.store(0);
-    active_ = static_cast<int>(threads_.size());
-    ++generation_;
+    const std::lock_guard lock(mutex);
+    work = &newWork;
+    count = newCount;
+    grain = newGrain;
+    next.store(0);
+    active = static_cast<int>(helpers.size());
+    ++generation;
   }
-  wake_.notify_all();
+  wake.notify_all();
   takeParts();
-  std::unique_lock lock(mutex_);
-  finished_.wait(lock, [this] { return active_ == 0; });
+  std::unique_lock lock(mutex);
+  finished.wait(lock, [this] { return active == 0; });
+  if (failure != nullptr) std::rethrow_exception(std::exchange(failure, nullptr));
 }
 
-void Workers::helperLoop() {
+void Workers::State::helperLoop() {
   const FloatingPointModes modes;
   std::uint64_t seen = 0;
-  std::unique_lock lock(mutex_);
+  std::unique_lock lock(mutex);
   while (true) {
-    wake_.wait(lock, [&] { return stopping_ || generation_ != seen; });
-    if (stopping_) return;
-    seen = generation_;
+    wake.wait(lock, [&] { return stopping || generation != seen; });
+    if (stopping) return;
+    seen = generation;
     lock.unlock();
     takeParts();
     lock.lock();
-    if (--active_ == 0) finished_.notify_one();
+    if (--active == 0) finished.notify_one();
   }
 }
 
-void Workers::takeParts() {
-  while (true) {
-    const std::int64_t begin = next_.fetch_add(grain_);
-    if (begin >= count_) break;
-    (*work_)(begin, std::min(begin + grain_, count_));
+void Workers::State::takeParts() {
+  try {
+    while (true) {
+      const std::int64_t begin = next.fetch_add(grain);
+      if (begin >= count) break;
+      (*work)(begin, std::min(begin + grain, count));
+    }
+  } catch (...) {
+    const std::lock_guard lock(mutex);
+    if (failure == nullptr) failure = std::current_exception();
   }
+  streamFence();
+}
+
+Workers::Workers(int numThreads)
+    : process_(::getpid()), numThreads_(numThreads), state_(std::make_unique<State>()) {
+  state_->start(numThreads - 1);
+}
+
+Workers::~Workers() {
+  // In a forked child the helpers do not exist, and waiting for them would not end.
+  if (::getpid() != process_) static_cast<void>(state_.release());
+}
+
+void Workers::run(std::int64_t count, std::int64_t grain, const Work& work) {
+  if (numThreads_ > 1 && count > grain) {
+    state_->run(count, grain, work);
+    return;
+  }
+  if (count > 0) work(0, count);
   streamFence();
 }
 

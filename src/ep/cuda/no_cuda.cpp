@@ -5,10 +5,12 @@
 
 namespace mscclpp_ep {
 
-std::shared_ptr<Backend> makeCudaBackend(Bootstrap&, const Admission&, BufferOptions&,
+std::shared_ptr<Backend> makeCudaBackend(Bootstrap& bootstrap, const Admission&, BufferOptions&,
                                          std::uint64_t) {
-  throw NotBuilt(
-      "device is \"cuda\", but this build of mscclpp_ep has no CUDA backend; use \"cpu\"");
+  const char* why =
+      "device is \"cuda\", but this build of mscclpp_ep has no CUDA backend; use \"cpu\"";
+  declineToConnect(bootstrap, why);
+  throw NotBuilt(why);
 }
 
 }  // namespace mscclpp_ep

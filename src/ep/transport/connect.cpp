@@ -19,6 +19,9 @@ namespace {
 using Token = std::array<std::byte, 16>;
 using Clock = std::chrono::steady_clock;
 
+constexpr int kPollMilliseconds = 50;
+constexpr std::size_t kMostSilentCallers = 16;
+
 Token randomToken() {
   Token token;
   EP_SYS_TRY(::getrandom(token.data(), token.size(), 0), "cannot draw random bytes");
@@ -107,12 +110,12 @@ void checkAdmissions(const std::vector<Peer>& peers) {
 /// One rank's view while it connects.
 class Connector {
  public:
-  Connector(int rank, const std::vector<Peer>& peers, int listener,
-            std::chrono::duration<double> timeout)
+  Connector(int rank, const std::vector<Peer>& peers, int listener, const ConnectOptions& options)
       : rank_(static_cast<std::size_t>(rank)),
         peers_(peers),
         listener_(listener),
-        deadline_(Clock::now() + std::chrono::duration_cast<Clock::duration>(timeout)),
+        deadline_(Clock::now() + std::chrono::duration_cast<Clock::duration>(options.timeout)),
+        pollInterrupt_(options.pollInterrupt),
         links_(peers.size()) {}
 
   std::vector<PeerLink> run() {
@@ -138,7 +141,9 @@ class Connector {
   void connectTo(std::size_t peer) {
     FileDescriptor socket;
     try {
-      socket = connectAbstract(socketName(peers_[peer].card.secret));
+      while (!(socket = connectAbstract(socketName(peers_[peer].card.secret)))) {
+        pause({}, cat("rank ", peer, " to accept a connection"));
+      }
     } catch (const SystemError& error) {
       throw NotBuilt(cat("rank ", rank_, " cannot share memory with rank ", peer, " (",
                          error.what(),
@@ -162,20 +167,30 @@ class Connector {
 
   /// Strangers may connect as well, and say nothing or nonsense: they are dropped.
   void acceptSome() {
-    waitForCallers();
-    while (FileDescriptor caller = acceptPending(listener_)) callers_.push_back(std::move(caller));
-    std::erase_if(callers_, [this](FileDescriptor& caller) { return hear(caller); });
-  }
-
-  void waitForCallers() {
-    const auto left =
-        std::chrono::duration_cast<std::chrono::milliseconds>(deadline_ - Clock::now());
-    if (left.count() <= 0)
-      throw Timeout(cat("rank ", rank_, " waited for ranks ", missing(),
-                        " to connect; are they still running?"));
     std::vector<pollfd> entries{{listener_, POLLIN, 0}};
     for (const FileDescriptor& caller : callers_) entries.push_back({caller.get(), POLLIN, 0});
-    ::poll(entries.data(), entries.size(), static_cast<int>(std::min<long>(left.count(), 1000)));
+    pause(entries, cat("ranks ", missing(), " to connect"));
+    while (FileDescriptor caller = acceptPending(listener_)) {
+      if (peerCredentials(caller.get()).uid != ::geteuid()) continue;
+      callers_.push_back(std::move(caller));
+    }
+    std::erase_if(callers_, [this](FileDescriptor& caller) { return hear(caller); });
+    // Those that have been silent longest go first; a rank's greeting comes with its connection.
+    const std::size_t most = peers_.size() + kMostSilentCallers;
+    if (callers_.size() > most) {
+      callers_.erase(callers_.begin(),
+                     callers_.begin() + static_cast<std::ptrdiff_t>(callers_.size() - most));
+    }
+  }
+
+  /// Waits for one of the descriptors, for a moment.
+  void pause(std::vector<pollfd> entries, const std::string& awaited) const {
+    if (Clock::now() >= deadline_) {
+      throw Timeout(
+          cat("rank ", rank_, " waited for ", awaited, "; are all ranks still running?"));
+    }
+    if (pollInterrupt_) pollInterrupt_();
+    ::poll(entries.data(), entries.size(), entries.empty() ? 1 : kPollMilliseconds);
   }
 
   /// Takes the greeting of a caller, if it has come. True if the caller is done with.
@@ -213,6 +228,7 @@ class Connector {
   const std::vector<Peer>& peers_;
   int listener_;
   Clock::time_point deadline_;
+  const std::function<void()>& pollInterrupt_;
   std::vector<PeerLink> links_;
   std::vector<FileDescriptor> callers_;
   int expected_ = 0;
@@ -239,7 +255,7 @@ std::vector<PeerLink> connectPeers(Bootstrap& bootstrap, const ConnectOptions& o
   card.localRank = options.localRank;
   card.refusalBytes = static_cast<std::uint32_t>(options.refusal.size());
   card.fingerprintBytes = static_cast<std::uint32_t>(options.fingerprint.size());
-  const FileDescriptor listener = listenAbstract(socketName(card.secret), bootstrap.size());
+  const FileDescriptor listener = listenAbstract(socketName(card.secret));
 
   std::vector<Peer> peers;
   for (const auto& bytes : bootstrap.allGather(encode(card, options))) {
@@ -251,7 +267,7 @@ std::vector<PeerLink> connectPeers(Bootstrap& bootstrap, const ConnectOptions& o
   std::optional<std::string> failure;
   std::exception_ptr own;
   try {
-    links = Connector(bootstrap.rank(), peers, listener.get(), options.timeout).run();
+    links = Connector(bootstrap.rank(), peers, listener.get(), options).run();
   } catch (const Error& error) {
     failure = error.what();
     own = std::current_exception();

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,7 @@ struct ConnectOptions {
   std::string fingerprint;  ///< must be the same on every rank
   std::uint64_t localRank = 0;
   std::chrono::duration<double> timeout{};
+  std::function<void()> pollInterrupt;  ///< may throw, to end a wait; may be empty
 };
 
 /// Links to every rank, the own one empty. Either all ranks succeed or all throw: PeerFailure if a

@@ -53,6 +53,11 @@ const std::vector<Message>& Mailbox::exchange(std::uint64_t epoch, std::uint32_t
   return incoming_;
 }
 
+const Message* Mailbox::received(int rank) const {
+  const auto index = static_cast<std::size_t>(rank);
+  return peers_[index].complete ? &incoming_[index] : nullptr;
+}
+
 void Mailbox::post(std::uint64_t epoch, std::uint32_t round, const std::vector<Message>& outgoing,
                    const char* what) {
   begin(outgoing);

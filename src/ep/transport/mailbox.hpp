@@ -26,6 +26,9 @@ class Mailbox {
   const std::vector<Message>& exchange(std::uint64_t epoch, std::uint32_t round,
                                        const std::vector<Message>& outgoing, const char* what);
 
+  /// After exchange() has thrown: the message of this rank that had come whole, or null.
+  const Message* received(int rank) const;
+
   /// Posts without waiting for anybody's answer. Waits only if a peer has not taken the last
   /// kMailboxDepth messages.
   void post(std::uint64_t epoch, std::uint32_t round, const std::vector<Message>& outgoing,

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "transport/shared_memory.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "core/check.hpp"
@@ -33,13 +35,19 @@ SharedMemory::SharedMemory(Bootstrap& bootstrap, SharedMemoryOptions options)
       map_(bootstrap.size()),
       localRank_(SegmentRegistry::newRank()),
       timeout_(options.connect.timeout),
-      pollInterrupt_(std::move(options.pollInterrupt)),
+      pollInterrupt_(options.connect.pollInterrupt),
+      process_(::getpid()),
       peers_(static_cast<std::size_t>(bootstrap.size())) {
-  const auto control = Segment::create(map_.bytes());
-  at(rank_).control = control;
-  SegmentRegistry::add({localRank_, kControlSegment}, control);
+  std::exception_ptr failure;
+  const std::shared_ptr<Segment> control = createControl(options.connect, failure);
   options.connect.localRank = localRank_;
-  std::vector<PeerLink> links = connectPeers(bootstrap, options.connect);
+  std::vector<PeerLink> links;
+  try {
+    links = connectPeers(bootstrap, options.connect);
+  } catch (const Error&) {
+    if (failure != nullptr) std::rethrow_exception(failure);
+    throw;
+  }
   for (int peer = 0; peer < size(); ++peer) {
     at(peer).link = std::move(links[static_cast<std::size_t>(peer)]);
   }
@@ -53,14 +61,33 @@ SharedMemory::SharedMemory(Bootstrap& bootstrap, SharedMemoryOptions options)
   }
 }
 
-SharedMemory::~SharedMemory() {
-  word(rank_, ControlMap::closed()).store(1);
-  for (int peer = 0; peer < size(); ++peer) {
-    if (peer == rank_ || at(peer).control == nullptr) continue;
-    word(peer, map_.goodbye(rank_)).store(1);
-    ring(peer);
+/// The own control segment. If there is no memory for it, the peers, who are about to connect, must
+/// learn that too.
+std::shared_ptr<Segment> SharedMemory::createControl(ConnectOptions& options,
+                                                     std::exception_ptr& failure) {
+  try {
+    auto control = Segment::create(map_.bytes());
+    SegmentRegistry::add({localRank_, kControlSegment}, control);
+    at(rank_).control = control;
+    return control;
+  } catch (const Error& error) {
+    failure = std::current_exception();
+    options.refusal = error.what();
+    return nullptr;
   }
-  SegmentRegistry::removeRank(localRank_);
+}
+
+SharedMemory::Farewell::~Farewell() {
+  // A forked child shares the memory, but is not the rank.
+  if (::getpid() != self.process_) return;
+  SegmentRegistry::removeRank(self.localRank_);
+  if (self.at(self.rank_).control == nullptr) return;
+  self.word(self.rank_, ControlMap::closed()).store(1);
+  for (int peer = 0; peer < self.size(); ++peer) {
+    if (peer == self.rank_ || self.at(peer).control == nullptr) continue;
+    self.word(peer, self.map_.goodbye(self.rank_)).store(1);
+    self.ring(peer);
+  }
 }
 
 Doorbell SharedMemory::doorbell(int peer) const {
@@ -116,16 +143,23 @@ std::shared_ptr<Segment> SharedMemory::findSegment(int peer, std::uint32_t id) {
 }
 
 std::shared_ptr<Segment> SharedMemory::findThreadsSegment(int peer, std::uint32_t id) {
-  const std::uint64_t owner = at(peer).link.localRank;
-  auto segment = SegmentRegistry::find({owner, id});
+  auto segment = SegmentRegistry::find({at(peer).link.localRank, id});
   if (segment == nullptr) throw PeerFailure(cat("rank ", peer, " has destroyed its buffer"));
-  auto& segments = at(peer).segments;
-  // Segments are kept, lest the owner's end take away memory that is being written to; what the
-  // owner has unshared is let go of here.
-  std::erase_if(segments, [owner](const auto& entry) {
-    return SegmentRegistry::find({owner, entry.first}) == nullptr;
-  });
-  return segments[id] = segment;
+  newThreadSegments_ = true;
+  return at(peer).segments[id] = segment;
+}
+
+/// Segments of a thread are kept, lest its end take away memory that is being written to. What it
+/// has unshared is let go of between operations.
+void SharedMemory::forgetThreadsSegments() {
+  newThreadSegments_ = false;
+  for (int peer = 0; peer < size(); ++peer) {
+    if (!isThread(peer)) continue;
+    const std::uint64_t owner = at(peer).link.localRank;
+    std::erase_if(at(peer).segments, [owner](const auto& entry) {
+      return SegmentRegistry::find({owner, entry.first}) == nullptr;
+    });
+  }
 }
 
 std::byte* SharedMemory::peerMemory(int peer, std::uint32_t id, std::uint64_t offset,
@@ -155,13 +189,14 @@ void SharedMemory::takeMessages(int peer) {
       case Arrival::message:
         break;
     }
-    if (received.bytes != sizeof(announcement)) {
+    if (received.bytes != sizeof(announcement) ||
+        static_cast<bool>(received.fd) != (announcement.bytes != 0)) {
       throw PeerFailure(cat("rank ", peer, " sent a malformed message"));
     }
-    if (received.fd) {
-      from.segments[announcement.id] = Segment::map(std::move(received.fd), announcement.bytes);
-    } else {
+    if (announcement.bytes == 0) {
       from.segments.erase(announcement.id);
+    } else {
+      from.segments[announcement.id] = Segment::map(std::move(received.fd), announcement.bytes);
     }
   }
 }
@@ -172,8 +207,7 @@ void SharedMemory::lookAtPeers() {
   }
 }
 
-bool SharedMemory::departed(int peer) const {
-  if (at(peer).gone) return true;
+bool SharedMemory::closed(int peer) const {
   return at(peer).control != nullptr && word(peer, ControlMap::closed()).load() != 0;
 }
 
@@ -184,23 +218,33 @@ std::string SharedMemory::describe() const {
 void SharedMemory::beginOperation(const char* name, std::uint64_t epoch) {
   operation_ = name;
   epoch_ = epoch;
+  if (newThreadSegments_) forgetThreadsSegments();
+}
+
+void SharedMemory::throwIfGaveUp(int peer, const std::string& missing) const {
+  const std::uint64_t abort = word(rank_, map_.abortWord(peer)).load();
+  if (abort == 0) return;
+  throw PeerFailure(cat(describe(), ": rank ", peer, " gave up in operation ", abort >> 1,
+                        ", after an error of its own, while this rank waited for ", missing));
+}
+
+void SharedMemory::requireNobodyGaveUp() {
+  for (int peer = 0; peer < size(); ++peer) throwIfGaveUp(peer, "its rows");
 }
 
 void SharedMemory::throwIfPeerFailed(const std::string& missing) const {
   if (leaving_) return;
   for (int peer = 0; peer < size(); ++peer) {
     if (peer == rank_) continue;
-    if (word(rank_, map_.abortWord(peer)).load() != 0) {
-      throw PeerFailure(cat(describe(), ": rank ", peer, " gave up in operation ",
-                            word(rank_, map_.abortWord(peer)).load() >> 1,
-                            ", after an error of "
-                            "its own, while this rank waited for ",
-                            missing));
-    }
-    if (departed(peer)) {
+    throwIfGaveUp(peer, missing);
+    // One that left orderly ends its sockets as well.
+    if (closed(peer)) {
       throw PeerFailure(cat(describe(), ": rank ", peer,
-                            at(peer).gone ? " died" : " destroyed its buffer",
-                            " while this rank waited for ", missing));
+                            " destroyed its buffer while this rank waited for ", missing));
+    }
+    if (at(peer).gone) {
+      throw PeerFailure(
+          cat(describe(), ": rank ", peer, " died while this rank waited for ", missing));
     }
   }
 }

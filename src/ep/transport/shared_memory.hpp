@@ -2,6 +2,9 @@
 #ifndef MSCCLPP_EP_TRANSPORT_SHARED_MEMORY_HPP_
 #define MSCCLPP_EP_TRANSPORT_SHARED_MEMORY_HPP_
 
+#include <sys/types.h>
+
+#include <exception>
 #include <functional>
 #include <map>
 #include <memory>
@@ -17,14 +20,12 @@ namespace mscclpp_ep {
 
 struct SharedMemoryOptions {
   ConnectOptions connect;
-  std::function<void()> pollInterrupt;
 };
 
 /// The ranks of one host, as processes or as threads.
 class SharedMemory final : public Transport {
  public:
   SharedMemory(Bootstrap& bootstrap, SharedMemoryOptions options);
-  ~SharedMemory() override;
 
   int rank() const override { return rank_; }
   int size() const override { return static_cast<int>(peers_.size()); }
@@ -36,6 +37,7 @@ class SharedMemory final : public Transport {
   std::byte* peerMemory(int peer, std::uint32_t id, std::uint64_t offset,
                         std::size_t bytes) override;
   void beginOperation(const char* name, std::uint64_t epoch) override;
+  void requireNobodyGaveUp() override;
   void giveUp() noexcept override;
   void leave() override;
 
@@ -60,22 +62,35 @@ class SharedMemory final : public Transport {
   void announce(std::uint32_t id, std::size_t bytes, int fd);
   std::shared_ptr<Segment> findSegment(int peer, std::uint32_t id);
   std::shared_ptr<Segment> findThreadsSegment(int peer, std::uint32_t id);
+  void forgetThreadsSegments();
+  std::shared_ptr<Segment> createControl(ConnectOptions& options, std::exception_ptr& failure);
   void takeMessages(int peer);
   void lookAtPeers();
-  bool departed(int peer) const;
+  bool closed(int peer) const;
+  bool departed(int peer) const { return at(peer).gone || closed(peer); }
+  void throwIfGaveUp(int peer, const std::string& missing) const;
   void throwIfPeerFailed(const std::string& missing) const;
   std::string describe() const;
+
+  /// Tells the peers, at the end of this object, also if its constructor fails half-way.
+  struct Farewell {
+    SharedMemory& self;
+    ~Farewell();
+  };
 
   const int rank_;
   const ControlMap map_;
   const std::uint64_t localRank_;
   const std::chrono::duration<double> timeout_;
   const std::function<void()> pollInterrupt_;
+  const pid_t process_;
   std::vector<Peer> peers_;
   std::uint32_t nextSegment_ = 1;
+  bool newThreadSegments_ = false;  ///< some that a thread shared before may be obsolete
   const char* operation_ = "connecting";
   std::uint64_t epoch_ = 0;
   bool leaving_ = false;  ///< peers may be gone by now, and nothing is wrong with that
+  Farewell farewell_{*this};
 };
 
 }  // namespace mscclpp_ep

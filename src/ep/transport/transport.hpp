@@ -57,6 +57,10 @@ class Transport {
     waitAsleep(std::cref(ready), std::cref(missing));
   }
 
+  /// Throws PeerFailure if a peer has given up in this operation: what was read from its memory since
+  /// may be anything.
+  virtual void requireNobodyGaveUp() = 0;
+
   /// Tells the peers that this rank has failed and takes part in nothing any more.
   virtual void giveUp() noexcept = 0;
   /// Tells the peers that this rank goes, and waits until all have said so or are gone. Throws

@@ -50,23 +50,23 @@ FileDescriptor takeDescriptor(msghdr& header) {
 
 }  // namespace
 
-FileDescriptor listenAbstract(const std::string& name, int backlog) {
+FileDescriptor listenAbstract(const std::string& name) {
   FileDescriptor listener = makeSocket(SOCK_NONBLOCK);
   const Address address = abstractAddress(name);
   EP_SYS_TRY(
       ::bind(listener.get(), reinterpret_cast<const sockaddr*>(&address.address), address.bytes),
       "cannot bind an abstract Unix socket");
-  EP_SYS_TRY(::listen(listener.get(), backlog), "cannot listen on a Unix socket");
+  EP_SYS_TRY(::listen(listener.get(), SOMAXCONN), "cannot listen on a Unix socket");
   return listener;
 }
 
 FileDescriptor connectAbstract(const std::string& name) {
-  // Blocking while it connects: a full backlog is waited for, a missing listener is not.
-  FileDescriptor socket = makeSocket(0);
+  FileDescriptor socket = makeSocket(SOCK_NONBLOCK);
   const Address address = abstractAddress(name);
-  EP_SYS_TRY(
-      ::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address.address), address.bytes),
-      "cannot connect to a rank's Unix socket");
+  const int result = ::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address.address),
+                               address.bytes);
+  if (result < 0 && wouldBlock(errno)) return {};
+  EP_SYS_TRY(result, "cannot connect to a rank's Unix socket");
   return socket;
 }
 

@@ -16,8 +16,9 @@
 namespace mscclpp_ep {
 
 /// Listens at an abstract address: `name` lives in the network namespace, in no file system.
-FileDescriptor listenAbstract(const std::string& name, int backlog);
-/// Connects to it. Throws SystemError if nobody listens there.
+FileDescriptor listenAbstract(const std::string& name);
+/// Connects to it; empty if too many others wait to be accepted. Throws SystemError if nobody
+/// listens there.
 FileDescriptor connectAbstract(const std::string& name);
 /// A connection that waits to be accepted, if there is one.
 FileDescriptor acceptPending(int listener);

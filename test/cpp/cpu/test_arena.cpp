@@ -144,8 +144,8 @@ TEST_CASE("other threads may drop blocks at any time") {
       auto block = arena.allocate(bytes);
       testing::require(block.has_value(), "there is room");
       std::memset(block->data.get(), i, bytes);
-      const auto filled = std::count(block->data.get(), block->data.get() + bytes,
-                                     static_cast<std::byte>(i));
+      const auto filled =
+          std::count(block->data.get(), block->data.get() + bytes, static_cast<std::byte>(i));
       testing::require(filled == static_cast<std::ptrdiff_t>(bytes), "nobody else has it");
       const std::lock_guard lock(mutex);
       // Without a bound the user could outrun the dropper, up to the limit of the arena.

@@ -107,7 +107,8 @@ inline RankData dataOf(const Scenario& s, int rank, unsigned repeat = 0) {
   drawRouting(s, random, data);
   std::seed_seq forRows{s.seed, static_cast<unsigned>(rank), repeat + 1};
   random.seed(forRows);
-  data.x = randomBytes(random, static_cast<std::size_t>(data.tokens * s.hidden) * itemSize(s.dtype));
+  data.x =
+      randomBytes(random, static_cast<std::size_t>(data.tokens * s.hidden) * itemSize(s.dtype));
   data.scales = randomBytes(
       random, static_cast<std::size_t>(data.tokens * s.numScales) * itemSize(s.scaleDtype));
   return data;
@@ -223,8 +224,8 @@ inline float decodeFloat(DataType dtype, std::uint32_t bits) {
   const int exponent = static_cast<int>((bits & 0x7FFFu) >> width);
   const int mantissa = static_cast<int>(bits & ((1u << width) - 1u));
   const int whole = exponent == 0 ? mantissa : mantissa + (1 << width);
-  const float value = std::ldexp(static_cast<float>(whole),
-                                 std::max(exponent, 1) - exponentBias(dtype) - width);
+  const float value =
+      std::ldexp(static_cast<float>(whole), std::max(exponent, 1) - exponentBias(dtype) - width);
   return (bits & 0x8000u) != 0 ? -value : value;
 }
 

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -142,10 +143,24 @@ class Run:
     def report(self, rank: int, timeout: float = RUN_TIMEOUT) -> Any:
         """The next value that `rank` reported."""
         deadline = time.monotonic() + timeout
-        while not self.reports[rank]:
-            if rank in self.outcomes or not self.pool.pump(self, deadline):
-                raise RanksFailed(f"rank {rank} reported nothing\n{self.pool.describe(self)}")
+        while not self.reports[rank] and rank not in self.outcomes:
+            self._pump_or_give_up(f"rank {rank} reports nothing", deadline)
+        if not self.reports[rank]:
+            self.pool.broken = True
+            raise RanksFailed(f"rank {rank} reported nothing\n{self.pool.describe(self)}")
         return self.reports[rank].popleft()
+
+    def await_finished(self, ranks: Iterable[int], timeout: float = RUN_TIMEOUT) -> None:
+        """Waits for some of the ranks only."""
+        deadline = time.monotonic() + timeout
+        while missing := set(ranks) - self.outcomes.keys():
+            self._pump_or_give_up(f"ranks {sorted(missing)} do not finish", deadline)
+
+    def _pump_or_give_up(self, trouble: str, deadline: float) -> None:
+        if not self.pool.pump(self, deadline):
+            self._give_up()
+            self.pool.broken = True
+            raise RanksFailed(f"{trouble}\n{self.pool.describe(self)}")
 
     def result(self, timeout: float = RUN_TIMEOUT) -> list[Outcome]:
         """Waits for all ranks. On a hang, stacks are dumped and the ranks killed."""

@@ -36,13 +36,13 @@ def bits(value: np.generic) -> str:
     return "0x" + value.tobytes()[::-1].hex()
 
 
-def raised(kind: type[BaseException], call: Callable, *args, **kwargs) -> BaseException:
-    """The exception that the call must raise; it must be a `kind`."""
+def raised(kind: type | tuple[type, ...], call: Callable, *args, **kwargs) -> BaseException:
+    """The exception that the call must raise; it must be of a `kind`."""
     try:
         call(*args, **kwargs)
     except kind as error:
         return error
-    raise AssertionError(f"{kind.__name__} expected, but the call returned")
+    raise AssertionError(f"{kind} expected, but the call returned")
 
 
 def names_rank(message: str, rank: int) -> bool:

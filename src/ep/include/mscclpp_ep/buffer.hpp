@@ -40,6 +40,9 @@ class MSCCLPP_EP_API Buffer {
  public:
   /// Connects the ranks of `bootstrap`; collective.
   explicit Buffer(Bootstrap& bootstrap, const BufferOptions& options = {});
+  /// Takes part in connecting by refusing it: for callers that find their own arguments wrong. The
+  /// constructors of the other ranks throw PeerFailure with the reason.
+  static void decline(Bootstrap& bootstrap, std::string_view why);
   Buffer(Buffer&&) noexcept;
   Buffer& operator=(Buffer&&) noexcept;
   /// Leaves without waiting for anybody, and never throws. Ranks still in an operation with this

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -16,6 +17,10 @@ from harness.cases import Case, world_of
 LARGE = Case("large", tokens=(700,), hidden=2048, experts=16, topk=8)
 SMALL = Case("small", tokens=(20, 9))
 MARGIN = 10.0  # seconds that a loaded machine may add
+
+# What a rank raises that waited for one that is lost: as it noticed the loss itself, or as it was
+# told by another that did. Programs return the message, and the test looks who was named.
+LOST = (ep.PeerFailure, ep.Timeout)
 
 
 def timed(kind, call, *args) -> tuple[BaseException, float]:
@@ -41,7 +46,7 @@ def signal_self_soon(number: signal.Signals) -> None:
     threading.Timer(0.1, os.kill, [os.getpid(), number]).start()
 
 
-def killed_while_waiting(context, victim: int, timeout: float, seed: int) -> None:
+def killed_while_waiting(context, victim: int, timeout: float, seed: int) -> str:
     """The victim dies in a dispatch that rank 0 has not entered yet, the others have."""
     buffer = context.buffer(timeout=timeout)
     world = world_of(SMALL, seed, context.size)
@@ -52,13 +57,13 @@ def killed_while_waiting(context, victim: int, timeout: float, seed: int) -> Non
         context.receive()
     error, seconds = timed(ep.PeerFailure, steps.dispatch, context, buffer, world)
     assert seconds < timeout, "the end of the connection tells of a death, not the timeout"
-    assert steps.names_rank(str(error), victim), error
     steps.verify_dispatch(context, world, kept)
     expect_the_end(context, buffer, world, timeout)
     steps.verify_dispatch(context, world, kept)
+    return str(error)
 
 
-def killed_at_work(context, victim: int, after: int, timeout: float, seed: int) -> None:
+def killed_at_work(context, victim: int, after: int, timeout: float, seed: int) -> str:
     """The victim is killed, by the test, somewhere in a stream of large operations."""
     buffer = context.buffer(timeout=timeout)
     world = world_of(LARGE, seed, context.size)
@@ -72,11 +77,11 @@ def killed_at_work(context, victim: int, after: int, timeout: float, seed: int) 
 
     error, seconds = timed(ep.PeerFailure, work)
     assert seconds < timeout
-    assert steps.names_rank(str(error), victim), error
     expect_the_end(context, buffer, world, timeout)
+    return str(error)
 
 
-def stopped(context, victim: int, timeout: float, seed: int) -> None:
+def stopped(context, victim: int, timeout: float, seed: int) -> str:
     """The victim is stopped beyond the timeout: the others end in time, and so does it later."""
     buffer = context.buffer(timeout=timeout)
     world = world_of(SMALL, seed, context.size)
@@ -84,38 +89,33 @@ def stopped(context, victim: int, timeout: float, seed: int) -> None:
     if context.rank == victim:
         context.report("ready")
         context.receive()
-        error, _ = timed(ep.Error, steps.dispatch, context, buffer, world)
     else:
         context.receive()
-        error, seconds = timed(ep.Error, steps.dispatch, context, buffer, world)
-        assert seconds < timeout + MARGIN
-        assert isinstance(error, (ep.Timeout, ep.PeerFailure))
-        assert steps.names_rank(str(error), victim), error
+    error, seconds = timed(LOST, steps.dispatch, context, buffer, world)
+    assert seconds < timeout + MARGIN
     steps.verify_dispatch(context, world, kept)
     expect_the_end(context, buffer, world, timeout)
     steps.verify_dispatch(context, world, kept)
-    del kept
-    gc.collect()
+    return str(error)
 
 
-def absent(context, timeout: float, seed: int) -> None:
+def absent(context, timeout: float, seed: int) -> str:
     """Rank 0 never comes: the message says who waited for whom, in what, and how long."""
     buffer = context.buffer(timeout=timeout)
     world = world_of(SMALL, seed, context.size)
     steps.round_trip(context, buffer, SMALL, seed)
     if context.rank == 0:
         context.receive()
-        steps.raised(ep.Error, steps.dispatch, context, buffer, world)
+        error = steps.raised(ep.Error, steps.dispatch, context, buffer, world)
     else:
-        error, seconds = timed(ep.Timeout, steps.dispatch, context, buffer, world)
-        assert isinstance(error, TimeoutError)
+        error, seconds = timed(LOST, steps.dispatch, context, buffer, world)
         assert timeout * 0.9 < seconds < timeout + MARGIN
-        message = str(error)
-        assert "dispatch" in message
-        assert steps.names_rank(message, 0), message
-        assert steps.names_rank(message, context.rank), message
+        assert "dispatch" in str(error), error
+        assert steps.names_rank(str(error), 0), error
+        assert steps.names_rank(str(error), context.rank), error
         context.report("timed out")
     expect_the_end(context, buffer, world, timeout)
+    return type(error).__name__
 
 
 def destroyed_alone(context, timeout: float, seed: int) -> None:
@@ -124,8 +124,10 @@ def destroyed_alone(context, timeout: float, seed: int) -> None:
     steps.round_trip(context, buffer, SMALL, seed)
     if context.rank == 0:
         start = time.monotonic()
-        buffer.destroy()
+        with contextlib.suppress(*LOST):
+            buffer.destroy()
         assert time.monotonic() - start < timeout + MARGIN
+        steps.raised(ep.InvalidArgument, buffer.stats)
     else:
         world = world_of(SMALL, seed, context.size)
         error, seconds = timed(ep.Error, steps.dispatch, context, buffer, world)
