@@ -30,6 +30,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _megabytes(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 65535")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=_positive, default=2, help="processes (default: 2)")
@@ -50,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
         "--warmup", type=_positive, default=2, help="untimed calls when inputs change (default: 2)"
     )
     parser.add_argument("--threads", type=_positive, help="of each rank (default: cores // ranks)")
+    parser.add_argument(
+        "--flush",
+        type=_megabytes,
+        default=64,
+        metavar="MB",
+        help="other memory that is read before each timed call (default: 64)",
+    )
     parser.add_argument(
         "--peers", default=",".join(peers.PEERS), help='names with commas, or "none"'
     )
@@ -90,6 +104,7 @@ def _settings(arguments: argparse.Namespace, parser: argparse.ArgumentParser) ->
         refresh=arguments.refresh,
         warmup=arguments.warmup,
         threads=arguments.threads or max(1, len(os.sched_getaffinity(0)) // arguments.ranks),
+        flush=arguments.flush,
         seed=secrets.randbits(32) if arguments.seed is None else arguments.seed,
         peers=wanted,
     )

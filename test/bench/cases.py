@@ -34,6 +34,7 @@ class Settings:
         sizes: numbers of tokens, ascending; `tokens` is one of them.
         refresh: iterations with the same inputs.
         warmup: untimed calls before the timed ones, each time that inputs change.
+        flush: megabytes (2^20 bytes) of other memory that are read before each timed call.
         peers: those to measure.
     """
 
@@ -47,6 +48,7 @@ class Settings:
     refresh: int
     warmup: int
     threads: int
+    flush: int
     seed: int
     peers: tuple[str, ...]
 

@@ -51,8 +51,9 @@ class SpinBarrier:
 class Clock:
     """Keeps when calls began and ended on this rank, in seconds of the clock that ranks share."""
 
-    def __init__(self, barrier: SpinBarrier) -> None:
+    def __init__(self, barrier: SpinBarrier, flush_bytes: int) -> None:
         self._barrier = barrier
+        self._other = np.ones(flush_bytes, np.uint8).view(np.int64)  # touched, so that it is memory
         self.spans: dict[Key, list[Span]] = defaultdict(list)
 
     def measure(
@@ -60,14 +61,16 @@ class Clock:
     ) -> Result:
         """Times calls, each after a barrier, and returns the result of the last.
 
-        The result of each call is dropped before the next, outside the time. Every rank must make
-        the same calls.
+        The result of each call is dropped before the next, outside the time, and other memory is
+        read, so that no call finds what the one before left in the caches of its core. Every rank
+        must make the same calls.
         """
         for _ in range(warmup):
             call()
         kept: list[Result] = []
         for _ in range(iterations):
             kept.clear()
+            self._other.sum()
             self._barrier.wait()
             start = time.perf_counter()
             result = call()

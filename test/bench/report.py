@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 HEADERS = ("system", "op", "tokens", "median ms", "p99 ms", "GB/s", "% of limit", "x gloo")
 _TEXT_COLUMNS = 2
 _RICH_WIDTH = 100  # below that, the table would break words
-_BUSY = 0.5  # programs that ran at that time, on average of a minute
+_BUSY = 1.0  # programs that ran at that time, on average of a minute
 
 
 def print_report(results: Results) -> None:

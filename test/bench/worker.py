@@ -35,7 +35,7 @@ class Measured:
 def run_rank(rank: Rank, settings: Settings) -> Measured:
     """Measures everything on one rank."""
     folder = Path(rank.meeting_point).parent
-    clock = Clock(SpinBarrier(folder / "barrier", rank.index, rank.size))
+    clock = Clock(SpinBarrier(folder / "barrier", rank.index, rank.size), settings.flush << 20)
     most = settings.ranks * settings.sizes[-1]
     received: dict[int, list[int]] = {size: [] for size in settings.sizes}
     limits = Limits(clock, settings.threads, most * settings.row_bytes)

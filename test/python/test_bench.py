@@ -99,6 +99,7 @@ def test_a_peer_that_is_not_installed_is_named(tmp_path):
     [
         (["--ranks=1"], "one rank sends nothing"),
         (["--topk=11"], "--topk must be at most --experts, which is 10"),
+        (["--flush=-1"], "-1 is not between 0 and 65535"),
         (["--sizes=1,x"], "it must be like 2048,4096,8192"),
         (["--peers=none,nccl"], "known: gloo"),
         (["--tokens=100000000000"], "GB are available"),

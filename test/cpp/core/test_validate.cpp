@@ -5,6 +5,7 @@
 #include <functional>
 #include <initializer_list>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -168,11 +169,36 @@ TEST_CASE("is_token_in_rank and the counts that go with it") {
             {"num_experts is 0", "at least 1"});
 }
 
+std::string countsMessage(const std::function<void(Arguments&)>& change) {
+  Arguments arguments;
+  change(arguments);
+  DispatchRequest request = arguments.validate();
+  request.placement =
+      std::make_shared<ExpertPlacement>(kExperts, kRanks, arguments.options.expertMap);
+  return messageOf([&] { validateExpertCounts(request); });
+}
+
+TEST_CASE("counts per expert are those of the choices that are sent") {
+  CHECK(countsMessage([](Arguments&) {}) == "nothing was thrown");
+  checkSays(countsMessage([](Arguments& a) { a.perExpert[3] = 2; }),
+            {"num_tokens_per_expert[3] is 2", "send 0 choices to expert 3"});
+  // A choice whose rank the token does not go to is not sent.
+  checkSays(countsMessage([](Arguments& a) { a.ids[2] = 0; }), {"num_tokens_per_expert[2] is 1"});
+  CHECK(countsMessage([](Arguments& a) {
+          a.ids[2] = 0;
+          a.perExpert[2] = 0;
+        }) == "nothing was thrown");
+  CHECK(countsMessage([](Arguments& a) {
+          a.inputs.topkIdx = a.inputs.topkWeights = {};
+          a.perExpert = {5, 6, 7, 8};
+        }) == "nothing was thrown");
+}
+
 TEST_CASE("the options of a dispatch") {
   checkSays(dispatchMessage([](Arguments& a) { a.dispatchOptions.expertAlignment = 0; }),
-            {"expert_alignment is 0", "at least 1"});
+            {"expert_alignment is 0", "1 to 2147483647"});
   checkSays(dispatchMessage([](Arguments& a) { a.dispatchOptions.numWorstTokens = -5; }),
-            {"num_worst_tokens is -5", "not be negative"});
+            {"num_worst_tokens is -5", "0 (not given) to 2147483647"});
   checkSays(dispatchMessage([](Arguments& a) {
               a.dispatchOptions.numWorstTokens = 5;
               a.inputs.topkIdx = a.inputs.topkWeights = {};
@@ -199,7 +225,7 @@ TEST_CASE("the options of a buffer") {
   checkSays(optionsMessage([](BufferOptions& o) {
               o.timeout = Seconds(std::numeric_limits<double>::quiet_NaN());
             }),
-            {"timeout is nan", "finite"});
+            {"timeout is nan", "at most 1e+09"});
   checkSays(optionsMessage([](BufferOptions& o) { o.arenaBytes = -1; }),
             {"num_nvl_bytes is -1", "not be negative"});
   checkSays(optionsMessage([](BufferOptions& o) { o.maxArenaBytes = -2; }),

@@ -70,7 +70,7 @@ std::string errorOf(const std::function<void()>& work, const std::string& what) 
   } catch (const std::exception& error) {
     throw std::runtime_error(cat(what, ": threw an error of another class: ", error.what()));
   }
-  throw std::runtime_error(what + ": nothing was thrown");
+  throw std::runtime_error(cat(what, ": nothing was thrown"));
 }
 
 inline bool contains(const std::string& text, const std::string& part) {
@@ -113,7 +113,7 @@ using Outcomes = std::vector<std::exception_ptr>;
 
 /// Runs `work(i)` in `count` threads.
 inline Outcomes outcomesOfThreads(int count, const std::function<void(int)>& work) {
-  const Watchdog watchdog(cat("a program of ", count, " threads"));
+  const Watchdog watchdog("a program of several threads");
   Outcomes outcomes(static_cast<std::size_t>(count));
   std::vector<std::thread> threads;
   for (int i = 0; i < count; ++i) {
@@ -206,10 +206,10 @@ class ChildProcess {
     int status = 0;
     ::waitpid(std::exchange(id_, 0), &status, 0);
     if (WIFSIGNALED(status)) {
-      return WTERMSIG(status) == SIGALRM ? text + " hangs"
-                                         : cat(text, " signal ", WTERMSIG(status));
+      const int signal = WTERMSIG(status);
+      return signal == SIGALRM ? cat(text, " hangs") : cat(text, " signal ", signal);
     }
-    return WEXITSTATUS(status) == 0 ? "" : text + " failed";
+    return WEXITSTATUS(status) == 0 ? std::string() : cat(text, " (it failed)");
   }
 
  private:

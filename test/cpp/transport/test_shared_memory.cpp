@@ -189,7 +189,7 @@ TEST_CASE("a wait that is too long says who waits for what") {
 TEST_CASE("a wait calls pollInterrupt, and lets pass what it throws") {
   CHECK_NOTHROW(runAsThreads(2, [](Bootstrap& bootstrap) {
     SharedMemoryOptions options = withTimeout(testing::kLongTimeout);
-    options.pollInterrupt = [] { throw std::system_error(EINTR, std::generic_category()); };
+    options.connect.pollInterrupt = [] { throw std::system_error(EINTR, std::generic_category()); };
     SharedMemory memory(bootstrap, options);
     errorOf<std::system_error>([&] { memory.wait([] { return false; }, kSomething); }, "wait");
     bootstrap.barrier();
@@ -261,12 +261,11 @@ TEST_CASE("a rank that has left does not end the leaving of others") {
     if (memory->rank() == 2) {
       sharedWord(memory->control(0), map.goodbye(2)).store(1);
       memory->ring(0);
-      memory->wait(
-          [&] {
-            return sharedWord(memory->control(0), ControlMap::closed()).load() == 1 &&
-                   sharedWord(memory->control(2), map.goodbye(1)).load() == 1;
-          },
-          kSomething);
+      // Not by a wait of the transport, which rank 0's end would rightly end.
+      while (sharedWord(memory->control(0), ControlMap::closed()).load() == 0 ||
+             sharedWord(memory->control(2), map.goodbye(1)).load() == 0) {
+        std::this_thread::yield();
+      }
       // Time for rank 1 to draw the wrong conclusion.
       std::this_thread::sleep_for(std::chrono::milliseconds(50));
     }
@@ -304,9 +303,9 @@ TEST_CASE("a process that is killed is noticed long before the timeout") {
   CHECK(ends == std::vector<std::string>{"", " signal 9"});
 }
 
-TEST_CASE("a timeout longer than a clock counts is as good as none") {
+TEST_CASE("the longest timeout is as good as none") {
   CHECK_NOTHROW(testing::runAsProcesses(2, [](Bootstrap& bootstrap) {
-    SharedMemory memory(bootstrap, withTimeout(Seconds(1e12)));
+    SharedMemory memory(bootstrap, withTimeout(Seconds(1e9)));
     memory.leave();
   }));
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,8 @@ SHORT = 1.0
 
 
 def leftovers(pool) -> set[Path]:
-    """Files that a run may leave: in shared memory, in temporary folders."""
-    folders = [Path("/dev/shm"), Path(tempfile.gettempdir())]
-    named = {path for folder in folders for path in folder.glob("*mscclpp*")}
-    return named | set(pool.scratch.iterdir())
+    """What a run may leave in shared memory, and in the temporary folder of its processes."""
+    return {*Path("/dev/shm").glob("*mscclpp*"), *pool.scratch.iterdir()}
 
 
 def processes_of(sessions: list[int]) -> list[str]:
@@ -124,7 +121,9 @@ def test_interrupt(ranks, seed):
     run.await_finished([victim])
     for rank in range(victim):
         run.send(rank)
-    assert [str(o.failure) for o in run.result()] == ["None"] * ranks.size
+    outcomes = run.result()
+    assert [str(o.failure) for o in outcomes] == ["None"] * ranks.size
+    expect_named(victim, outcomes)
 
 
 @pytest.mark.ranks(1, 2, modes=("process",))

@@ -210,18 +210,27 @@ def wait(event) -> None:
         event.current_stream_wait()
 
 
-def soil(context, buffer, seed: int, experts: int | None = None) -> None:
+def soil(context, buffer, seed: int, mapped: int = 0) -> None:
     """Leaves garbage in the memory that the next results are made of. Collective.
 
-    NaNs in the rows, valid indices, and sizes unlike those of the case.
+    NaNs in the rows, valid indices, and sizes unlike those of the case. `mapped` is the number of
+    experts of a buffer with the expert map of this seed.
     """
     rng = np.random.default_rng((seed, 99))
-    tokens = tuple(int(t) for t in rng.integers(40, 90, 3))
-    hidden, topk = int(rng.integers(100, 400)), int(rng.integers(1, 12))
-    experts = experts or int(rng.integers(context.size, 40))
-    case = Case("garbage", tokens, hidden, experts, topk, dtype="float32", values="bits")
-    case = case.but(combine_dtype="float32", scales=None, source="received")
-    world = world_of(case.but(routing="duplicates"), seed, context.size)
+    case = Case(
+        "garbage",
+        tokens=tuple(int(t) for t in rng.integers(40, 90, 3)),
+        hidden=int(rng.integers(100, 400)),
+        topk=int(rng.integers(1, 12)),
+        experts=mapped or int(rng.integers(context.size, 40)),
+        shuffled_experts=mapped > 0,
+        routing="duplicates",
+        dtype="float32",
+        values="bits",
+        combine_dtype="float32",
+        source="received",
+    )
+    world = world_of(case, seed, context.size)
     result = dispatch(context, buffer, world)
     combine(context, buffer, world, result.handle, rows=result.x)
 

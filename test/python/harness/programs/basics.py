@@ -14,7 +14,7 @@ def buffer_for(context, world: World):
     """The standing buffer for a world, with garbage in its arena."""
     mapped = world.expert_map is not None
     buffer = context.buffer(expert_map=world.expert_map) if mapped else context.standing()
-    steps.soil(context, buffer, world.seed, world.case.experts if mapped else None)
+    steps.soil(context, buffer, world.seed, world.case.experts if mapped else 0)
     return buffer
 
 

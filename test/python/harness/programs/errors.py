@@ -154,6 +154,9 @@ def dispatch_mistakes() -> list[Bad]:
             *(replaced(num_tokens_per_expert=as_type("int64")), "num_tokens_per_expert", "int64"),
             "int32",
         ),
+        "per-expert-disagrees": (
+            *(replaced(num_tokens_per_expert=off_by_one), "num_tokens_per_expert", "topk_idx"),
+        ),
         "per-expert-negative": (
             *(replaced(num_tokens_per_expert=with_entry((5,), -3)), "num_tokens_per_expert", "-3"),
         ),
