@@ -196,9 +196,11 @@ class Buffer:
             InvalidArgument: An id is out of range, or the dtype or shape is wrong.
         """
         _check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
+        _check_given("topk_idx", topk_idx, "[T, K]")
+        imported = _view("topk_idx", topk_idx)
         framework = framework_of(topk_idx)
         per_rank, per_expert, in_rank = self._core.get_dispatch_layout(
-            framework.view(topk_idx), _integer("num_experts", num_experts)
+            imported, _integer("num_experts", num_experts)
         )
         export = framework.export
         event = _finished(async_finish)
@@ -265,7 +267,7 @@ class Buffer:
         def convert() -> tuple[Framework, list[_core.View | None], int, int]:
             _check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
             _check_config(config)
-            rows, scales = x if isinstance(x, tuple) else (x, None)
+            rows, scales = _unpack_x(x)
             _check_given("x", rows, "[T, H]")
             named = {
                 "x": rows,
@@ -446,7 +448,13 @@ class Buffer:
         self._core.check()
 
     def freeze(self) -> None:
-        """From now on the arena does not grow; results that find no room are copied out."""
+        """From now on the arena does not grow; results that find no room are copied out.
+
+        An operation larger than all before is refused from then on, if it finds no room.
+
+        Raises:
+            SystemError: There is not enough memory to copy out the largest operation so far.
+        """
         self._core.freeze()
 
     def stats(self) -> _core.BufferStats:
@@ -651,6 +659,15 @@ def _check_config(config: object) -> None:
         raise InvalidArgument(msg)
 
 
+def _unpack_x(x: Array | tuple[Array, Array]) -> tuple[Array, Array | None]:
+    if not isinstance(x, tuple):
+        return x, None
+    if len(x) != 2:
+        msg = f"x is a tuple of {len(x)}; it must be a tensor, or a pair of one and its scales"
+        raise InvalidArgument(msg)
+    return x
+
+
 def _check_given(name: str, array: object, shape: str) -> None:
     if array is None:
         msg = f"{name} is missing; it must be {shape}"
@@ -672,7 +689,7 @@ def _check_cached(num_worst_tokens: int, **routing: object) -> None:
         raise InvalidArgument(msg)
 
 
-def _view(name: str, array: Array | None) -> _core.View | None:
+def _view(name: str, array: Array | None) -> Any:
     if array is None:
         return None
     try:

@@ -81,7 +81,7 @@ ArenaBlock Arena::landing(std::size_t bytes) {
                               " bytes of arena, more than max_arena_bytes, which is ", maxBytes_));
   }
   if (bytes > landing_.bytes) {
-    if (frozen_ && landing_.bytes > 0) {
+    if (frozen_) {
       throw InvalidArgument(cat("the operation needs ", bytes,
                                 " bytes, and after freeze() the landing block has ",
                                 landing_.bytes));
@@ -97,6 +97,11 @@ ArenaBlock Arena::landing(std::size_t bytes) {
   }
   return {{landing_.data, [owner = landing_.owner](std::byte*) {}},
           {Access::landing, landing_.id, 0}};
+}
+
+void Arena::freeze() {
+  if (largestOperation_ > 0) landing(largestOperation_);
+  frozen_ = true;
 }
 
 std::optional<ArrayAddress> Arena::locate(const void* data, std::size_t bytes) const {

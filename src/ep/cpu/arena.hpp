@@ -2,6 +2,7 @@
 #ifndef MSCCLPP_EP_CPU_ARENA_HPP_
 #define MSCCLPP_EP_CPU_ARENA_HPP_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -40,7 +41,12 @@ class Arena {
   /// The address of memory, if all of it lies in the arena.
   std::optional<ArrayAddress> locate(const void* data, std::size_t bytes) const;
 
-  void freeze() { frozen_ = true; }
+  /// Tells how much an operation would take if it found no block: the landing block will have at
+  /// least as much when the arena is frozen.
+  void noteOperation(std::size_t bytes) { largestOperation_ = std::max(largestOperation_, bytes); }
+
+  /// Throws as landing() does.
+  void freeze();
 
   std::size_t maxBytes() const { return maxBytes_; }
   std::size_t totalBytes() const { return segmentBytes_ + landing_.bytes; }
@@ -61,6 +67,7 @@ class Arena {
   Transport& transport_;
   const std::size_t maxBytes_;
   bool frozen_ = false;
+  std::size_t largestOperation_ = 0;
   BlockAllocator allocator_;
   std::map<std::uint32_t, SharedBlock> segments_;
   std::size_t segmentBytes_ = 0;

@@ -52,7 +52,10 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
 
   Tensor allocate(std::size_t bytes, MemoryKind kind) override;
   void check() override;
-  void freeze() override { arena_.freeze(); }
+  void freeze() override {
+    requireUsable();
+    arena_.freeze();
+  }
   BufferStats stats() override;
   void destroy() override;
 

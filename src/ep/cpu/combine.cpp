@@ -59,13 +59,13 @@ class RowReducer {
   };
 
   void offerInputs();
-  ArrayAddress offer(const TensorView& input, std::size_t rowBytes, bool copyAtOnce);
-  void refuseForRoom(const Error& error);
+  void stage(std::size_t rows, std::size_t weights);
   void receiveOffers();
   void bindSource(std::size_t rank, const CombineEntry& entry);
   bool stageSome();
   void reduceAll();
-  bool tokensReady(std::int64_t end) const;
+  Awaited notReady(std::int64_t end) const;
+  bool tokensReady(std::int64_t end) const { return notReady(end).ranks.empty(); }
   void reduceTokens(std::int64_t begin, std::int64_t end) const;
   void reduceToken(std::int64_t token, std::vector<const void*>& rows,
                    std::vector<const void*>& weights) const;
@@ -87,7 +87,7 @@ class RowReducer {
   const std::int64_t step_;  ///< rows or tokens between two looks at progress
   ArrayAddress rowsAddress_;
   ArrayAddress weightsAddress_;
-  std::vector<ArenaBlock> blocks_;  ///< in which inputs are copied for peers
+  ArenaBlock block_;  ///< in which inputs are copied for peers
   std::byte* staging_ = nullptr;
   std::int64_t staged_ = 0;  ///< rows for each rank
   std::vector<Source> sources_;
@@ -95,39 +95,44 @@ class RowReducer {
 
 /// Makes this rank's rows readable by the others: in place, or in a block they are copied to.
 void RowReducer::offerInputs() {
-  const CombineInputs& inputs = request_.inputs;
+  if (numReceived() == 0 || context_.size() == 1) return;
   try {
-    rowsAddress_ = offer(inputs.x, rowBytes_, false);
-    if (weightBytes_ != 0) weightsAddress_ = offer(inputs.topkWeights, weightBytes_, true);
+    const std::size_t rows = arrayBytes(numReceived(), rowBytes_);
+    const std::size_t weights = arrayBytes(numReceived(), weightBytes_);
+    const auto rowsInPlace = context_.arena.locate(request_.inputs.x.data, rows);
+    const auto weightsInPlace = context_.arena.locate(request_.inputs.topkWeights.data, weights);
+    context_.arena.noteOperation(alignUp(rows, kPage) + alignUp(weights, kPage));
+    (rowsInPlace ? context_.stats.pulledRows : context_.stats.stagedRows) += numReceived();
+    stage(rowsInPlace ? 0 : rows, weightsInPlace ? 0 : weights);
+    if (rowsInPlace) rowsAddress_ = *rowsInPlace;
+    if (weightsInPlace) weightsAddress_ = *weightsInPlace;
   } catch (const Error& error) {
     postRefusal(context_, Operation::combine, error.what());
     throw OperationRefused{std::current_exception()};
   }
 }
 
-ArrayAddress RowReducer::offer(const TensorView& input, std::size_t rowBytes, bool copyAtOnce) {
-  const std::size_t bytes = arrayBytes(numReceived(), rowBytes);
-  if (bytes == 0 || context_.size() == 1) return {};
-  if (const auto address = context_.arena.locate(input.data, bytes)) {
-    if (!copyAtOnce) context_.stats.pulledRows += numReceived();
-    return *address;
-  }
-  std::optional<ArenaBlock> block = context_.arena.allocate(bytes);
-  // Only rows are large enough for there to be no block; the landing block serves one array.
-  if (!block && copyAtOnce) throw SystemError(cat("no room for ", bytes, " bytes of weights"));
-  if (!block) block = context_.arena.landing(bytes);
-  ArrayAddress address = block->address;
-  if (copyAtOnce) {
-    context_.kernels.streamCopy(block->data.get(), input.data, bytes);
-    streamFence();
-    address.access = Access::straight;
+/// Finds a block for what does not lie in the arena. The weights, few bytes, are copied at once.
+void RowReducer::stage(std::size_t rows, std::size_t weights) {
+  if (rows + weights == 0) return;
+  const std::size_t behindRows = alignUp(rows, kPage);
+  if (auto block = context_.arena.allocate(behindRows + weights)) {
+    block_ = std::move(*block);
   } else {
-    staging_ = block->data.get();
-    address.access = Access::staged;
-    context_.stats.stagedRows += numReceived();
+    block_ = context_.arena.landing(behindRows + weights);
   }
-  blocks_.push_back(std::move(*block));
-  return address;
+  ArrayAddress address = block_.address;
+  if (rows > 0) {
+    staging_ = block_.data.get();
+    address.access = Access::staged;
+    rowsAddress_ = address;
+  }
+  if (weights > 0) {
+    std::memcpy(block_.data.get() + behindRows, request_.inputs.topkWeights.data, weights);
+    address.access = Access::straight;
+    address.offset += behindRows;
+    weightsAddress_ = address;
+  }
 }
 
 void RowReducer::receiveOffers() {
@@ -196,7 +201,7 @@ void RowReducer::reduceAll() {
     const std::int64_t end = std::min(begin + step, handle_.numTokens);
     while (staging && !tokensReady(end)) staging = stageSome();
     context_.transport.wait([&] { return tokensReady(end); },
-                            [] { return std::string("rows that other ranks copy"); });
+                            [&] { return notReady(end); });
     context_.workers.run(end - begin, kTokensPerPart, [&](std::int64_t from, std::int64_t to) {
       reduceTokens(begin + from, begin + to);
     });
@@ -205,8 +210,9 @@ void RowReducer::reduceAll() {
   while (staging) staging = stageSome();
 }
 
-/// Whether every row of the tokens before `end` can be read.
-bool RowReducer::tokensReady(std::int64_t end) const {
+/// The ranks of which rows of the tokens before `end` cannot be read yet.
+Awaited RowReducer::notReady(std::int64_t end) const {
+  Awaited late{{}, "the staged rows"};
   for (std::size_t r = 0; r < sources_.size(); ++r) {
     const Source& source = sources_[r];
     if (!source.staged) continue;
@@ -214,9 +220,10 @@ bool RowReducer::tokensReady(std::int64_t end) const {
     while (token > 0 && head(token - 1, r) < 0) --token;
     const std::int64_t needed =
         token == 0 ? 0 : std::min<std::int64_t>(head(token - 1, r) + 1, source.count);
-    if (context_.raised(kRowsStaged, static_cast<int>(r)) < needed) return false;
+    const int rank = static_cast<int>(r);
+    if (context_.raised(kRowsStaged, rank) < needed) late.ranks.push_back(rank);
   }
-  return true;
+  return late;
 }
 
 void RowReducer::reduceTokens(std::int64_t begin, std::int64_t end) const {
@@ -264,22 +271,14 @@ void RowReducer::finish() {
     context_.raise(kRowsRead, peer, 0);
   }
   const auto late = [&] {
-    std::vector<int> ranks;
+    Awaited ranks{{}, "the reading of this rank's rows"};
     for (int peer = 0; peer < context_.size(); ++peer) {
-      if (peer != context_.rank() && context_.raised(kRowsRead, peer) < 0) ranks.push_back(peer);
+      const bool read = peer == context_.rank() || context_.raised(kRowsRead, peer) >= 0;
+      if (!read) ranks.ranks.push_back(peer);
     }
     return ranks;
   };
-  const auto done = [&] {
-    for (int peer = 0; peer < context_.size(); ++peer) {
-      if (peer != context_.rank() && context_.raised(kRowsRead, peer) < 0) return false;
-    }
-    return true;
-  };
-  context_.transport.wait(done, [&] {
-    const std::vector<int> ranks = late();
-    return cat("rank", ranks.size() == 1 ? " " : "s ", ranks, " to read this rank's rows");
-  });
+  context_.transport.wait([&] { return late().ranks.empty(); }, late);
 }
 
 }  // namespace

@@ -116,7 +116,10 @@ void RowMover::bindOutputs(const DispatchOutputs& outputs) {
     landed_ = landed_ || !address;
   }
   // A single rank writes its rows straight into any memory.
-  landed_ = landed_ && context_.size() > 1;
+  if (context_.size() == 1) landed_ = false;
+  std::int64_t all[kNumColumns] = {};
+  for (int column = 0; column < kNumColumns; ++column) all[column] = rowBytes(column);
+  context_.arena.noteOperation(landingMap(plan_.numRows, all).bytes);
   if (landed_) bindLanding();
 }
 
@@ -259,14 +262,13 @@ void RowMover::copyOut(int from, std::int64_t begin, std::int64_t end) {
 
 void RowMover::awaitRows() {
   const auto missing = [&] {
-    std::vector<std::size_t> late;
+    Awaited late{{}, "the rows"};
     for (std::size_t r = 0; r < numRanks(); ++r) {
-      const bool own = static_cast<int>(r) == context_.rank();
-      if (!own && context_.raised(kRowsPushed, static_cast<int>(r)) < rowsKeptFrom(r)) {
-        late.push_back(r);
-      }
+      const int rank = static_cast<int>(r);
+      const bool arrived = context_.raised(kRowsPushed, rank) >= rowsKeptFrom(r);
+      if (rank != context_.rank() && !arrived) late.ranks.push_back(rank);
     }
-    return cat("the rows of rank", late.size() == 1 ? " " : "s ", late);
+    return late;
   };
   context_.transport.wait([&] { return copyOutArrived(); }, missing);
   (landed_ ? context_.stats.landedRows : context_.stats.straightRows) +=

@@ -143,12 +143,12 @@ void Mailbox::takeSlot(int rank, const SlotHeader& header, const std::byte* payl
   peers_[index].complete = message.size() == header.totalBytes;
 }
 
-std::string Mailbox::unfinished(const char* what) const {
-  std::vector<std::size_t> late;
+Awaited Mailbox::unfinished(const char* what) const {
+  Awaited late{{}, what};
   for (std::size_t r = 0; r < peers_.size(); ++r) {
-    if (!peers_[r].posted || !peers_[r].complete) late.push_back(r);
+    if (!peers_[r].posted || !peers_[r].complete) late.ranks.push_back(static_cast<int>(r));
   }
-  return cat(what, " of rank", late.size() == 1 ? " " : "s ", late);
+  return late;
 }
 
 }  // namespace mscclpp_ep

@@ -52,7 +52,7 @@ class Mailbox {
   bool postSome(int peer, const Message& message, const Key& key);
   void takeSome(int peer, const Key& key, bool skipOnly);
   void takeSlot(int peer, const SlotHeader& header, const std::byte* payload);
-  std::string unfinished(const char* what) const;
+  Awaited unfinished(const char* what) const;
 
   Transport& transport_;
   const ControlMap map_;

@@ -30,6 +30,10 @@ struct Announcement {
 
 }  // namespace
 
+std::string toString(const Awaited& awaited) {
+  return cat(awaited.what, " of rank", awaited.ranks.size() == 1 ? " " : "s ", awaited.ranks);
+}
+
 SharedMemory::SharedMemory(Bootstrap& bootstrap, SharedMemoryOptions options)
     : rank_(bootstrap.rank()),
       map_(bootstrap.size()),
@@ -121,7 +125,7 @@ void SharedMemory::announce(std::uint32_t id, std::size_t bytes, int fd) {
                          fd);
     };
     if (sent()) continue;
-    wait(sent, [peer] { return cat("rank ", peer, " to take a descriptor of shared memory"); });
+    wait(sent, [peer] { return Awaited{{peer}, "room for a message"}; });
   }
 }
 
@@ -137,7 +141,7 @@ std::shared_ptr<Segment> SharedMemory::findSegment(int peer, std::uint32_t id) {
           takeMessages(peer);
           return known();
         },
-        [peer] { return cat("shared memory of rank ", peer); });
+        [peer] { return Awaited{{peer}, "shared memory"}; });
   }
   return segments[id];
 }
@@ -221,7 +225,7 @@ void SharedMemory::beginOperation(const char* name, std::uint64_t epoch) {
   if (newThreadSegments_) forgetThreadsSegments();
 }
 
-void SharedMemory::throwIfGaveUp(int peer, const std::string& missing) const {
+void SharedMemory::throwIfGaveUp(int peer, const Awaited& missing) const {
   const std::uint64_t abort = word(rank_, map_.abortWord(peer)).load();
   if (abort == 0) return;
   throw PeerFailure(cat(describe(), ": rank ", peer, " gave up in operation ", abort >> 1,
@@ -229,28 +233,24 @@ void SharedMemory::throwIfGaveUp(int peer, const std::string& missing) const {
 }
 
 void SharedMemory::requireNobodyGaveUp() {
-  for (int peer = 0; peer < size(); ++peer) throwIfGaveUp(peer, "its rows");
+  for (int peer = 0; peer < size(); ++peer) throwIfGaveUp(peer, {{peer}, "the rows"});
 }
 
-void SharedMemory::throwIfPeerFailed(const std::string& missing) const {
+void SharedMemory::throwIfPeerFailed(const Awaited& missing) const {
   if (leaving_) return;
-  for (int peer = 0; peer < size(); ++peer) {
-    if (peer == rank_) continue;
-    throwIfGaveUp(peer, missing);
+  for (int peer = 0; peer < size(); ++peer) throwIfGaveUp(peer, missing);
+  // A rank that is not waited for may have done its part and gone.
+  for (const int peer : missing.ranks) {
     // One that left orderly ends its sockets as well.
-    if (closed(peer)) {
-      throw PeerFailure(cat(describe(), ": rank ", peer,
-                            " destroyed its buffer while this rank waited for ", missing));
-    }
-    if (at(peer).gone) {
-      throw PeerFailure(
-          cat(describe(), ": rank ", peer, " died while this rank waited for ", missing));
-    }
+    const char* how = closed(peer) ? " destroyed its buffer" : " died";
+    if (!departed(peer)) continue;
+    throw PeerFailure(
+        cat(describe(), ": rank ", peer, how, " while this rank waited for ", missing));
   }
 }
 
 void SharedMemory::waitAsleep(const std::function<bool()>& ready,
-                              const std::function<std::string()>& missing) {
+                              const std::function<Awaited()>& missing) {
   const auto start = Clock::now();
   const Doorbell bell = doorbell(rank_);
   auto nextInterrupt = start + kInterruptPeriod;
@@ -293,7 +293,7 @@ void SharedMemory::leave() {
       return word(rank_, map_.goodbye(peer)).load() != 0 || departed(peer);
     };
     if (peer != rank_) {
-      wait(through, [peer] { return cat("rank ", peer, " to destroy its buffer"); });
+      wait(through, [peer] { return Awaited{{peer}, "the call of destroy"}; });
     }
   }
 }

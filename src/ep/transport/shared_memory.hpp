@@ -43,7 +43,7 @@ class SharedMemory final : public Transport {
 
  protected:
   void waitAsleep(const std::function<bool()>& ready,
-                  const std::function<std::string()>& missing) override;
+                  const std::function<Awaited()>& missing) override;
 
  private:
   struct Peer {
@@ -68,8 +68,8 @@ class SharedMemory final : public Transport {
   void lookAtPeers();
   bool closed(int peer) const;
   bool departed(int peer) const { return at(peer).gone || closed(peer); }
-  void throwIfGaveUp(int peer, const std::string& missing) const;
-  void throwIfPeerFailed(const std::string& missing) const;
+  void throwIfGaveUp(int peer, const Awaited& missing) const;
+  void throwIfPeerFailed(const Awaited& missing) const;
   std::string describe() const;
 
   /// Tells the peers, at the end of this object, also if its constructor fails half-way.

@@ -9,10 +9,19 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "transport/wait.hpp"
 
 namespace mscclpp_ep {
+
+/// Who is waited for, and for what of theirs.
+struct Awaited {
+  std::vector<int> ranks;
+  const char* what = "";
+};
+/// "the rows of ranks 1, 3"
+std::string toString(const Awaited& awaited);
 
 /// Memory of this rank's that peers can map by its id.
 struct SharedBlock {
@@ -49,8 +58,8 @@ class Transport {
   /// Names what the next waits belong to, for their messages.
   virtual void beginOperation(const char* name, std::uint64_t epoch) = 0;
 
-  /// Returns when `ready()` is true. Throws Timeout or PeerFailure, saying that it waited for
-  /// `missing()`, if that does not come or cannot come any more; what pollInterrupt throws passes.
+  /// Returns when `ready()` is true. Throws Timeout if that takes too long, and PeerFailure if a rank
+  /// of `missing()`, an Awaited, is gone or any rank has given up. What pollInterrupt throws passes.
   template <typename Ready, typename Missing>
   void wait(const Ready& ready, const Missing& missing) {
     if (spinUntil(ready, spinLimit_)) return;
@@ -69,7 +78,7 @@ class Transport {
 
  protected:
   virtual void waitAsleep(const std::function<bool()>& ready,
-                          const std::function<std::string()>& missing) = 0;
+                          const std::function<Awaited()>& missing) = 0;
 
   std::chrono::nanoseconds spinLimit_{};
 };

@@ -228,6 +228,7 @@ TEST_CASE("what a rank did before it went counts") {
     CHECK_NOTHROW(launcher.run(2, [](Bootstrap& bootstrap) {
       auto memory = std::make_unique<SharedMemory>(bootstrap, withTimeout(testing::kLongTimeout));
       const ControlMap map(2);
+      bootstrap.barrier();  // both are connected
       if (memory->rank() == 1) {
         sharedWord(memory->control(0), map.mask(1)).store(5);
         memory.reset();

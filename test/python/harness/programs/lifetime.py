@@ -254,10 +254,11 @@ def alive_after_destroy(context, results: int, seed: int) -> None:
 def frozen(context, seed: int) -> None:
     """After freeze() the arena keeps its size: results that find no room in it are copied out."""
     buffer = limited(context, 3, seed)
-    Layer.run(context, buffer, seed)
+    for turn in range(2):
+        Layer.run(context, buffer, seed + turn)
     buffer.freeze()
     size = buffer.stats().arena_bytes
-    layers = [Layer.run(context, buffer, seed + turn) for turn in range(10)]
+    layers = [Layer.run(context, buffer, seed + turn % 2) for turn in range(10)]
     assert buffer.stats().arena_bytes == size
     assert (buffer.stats().landed_rows > 0) == (context.size > 1)
     for layer in layers:
