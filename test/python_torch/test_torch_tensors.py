@@ -26,7 +26,7 @@ def on_ranks(body: Callable[[ep.Buffer], Any], **options: Any) -> list[Any]:
         try:
             with ep.Buffer(groups[rank], timeout=30, **options) as buffer:
                 results[rank] = body(buffer)
-        except BaseException as error:  # noqa: BLE001 - raised again below
+        except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(RANKS)]

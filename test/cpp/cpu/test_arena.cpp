@@ -90,9 +90,16 @@ TEST_CASE("a frozen arena does not grow") {
   const auto all = arena.allocate(4 * kMiB);
   CHECK(all);
   CHECK_FALSE(arena.allocate(1));
-  // There was no landing block yet: the first one is made.
+  CHECK_THROWS_AS(arena.landing(1), InvalidArgument);
+}
+
+TEST_CASE("a frozen arena has room for the largest operation so far") {
+  Alone alone;
+  Arena arena(*alone.transport, 0, 64 * kMiB);
+  for (const std::size_t bytes : {kPage, kMiB, 2 * kPage}) arena.noteOperation(bytes);
+  CHECK(arena.landingBytes() == 0);
+  arena.freeze();
   CHECK(arena.landing(kMiB).data != nullptr);
-  CHECK(arena.landing(kMiB / 2).data != nullptr);
   CHECK_THROWS_AS(arena.landing(2 * kMiB), InvalidArgument);
 }
 

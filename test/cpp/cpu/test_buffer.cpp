@@ -58,7 +58,7 @@ Tensor makeArray(Buffer& buffer, Memory memory, DataType dtype,
     tensor.view.data = bytes->data();
     tensor.owner = bytes;
   }
-  std::memset(tensor.view.data, 0xCD, numBytes(tensor.view));
+  std::fill_n(static_cast<std::byte*>(tensor.view.data), numBytes(tensor.view), std::byte{0xCD});
   return tensor;
 }
 
@@ -392,6 +392,15 @@ TEST_CASE("experts placed by a map") {
   }
 }
 
+/// A few short rows.
+Scenario plainScenario(int ranks) {
+  Scenario s;
+  s.seed = 7;
+  s.ranks = ranks;
+  for (int r = 0; r < ranks; ++r) s.tokens.push_back(5 + r);
+  return s;
+}
+
 /// Rows long enough to be streamed and to land in several steps.
 Scenario largeScenario(int ranks) {
   Scenario s;
@@ -425,17 +434,30 @@ TEST_CASE("rows of kilobytes, streamed, landed and staged") {
 }
 
 TEST_CASE("counts of more experts than fit in one message") {
-  CHECK_NOTHROW(runAsThreads(2, [](Bootstrap& bootstrap) {
-    Buffer buffer(bootstrap, someOptions());
-    Scenario s = randomScenario(4, 2);
-    s.tokens = {20, 9};
-    s.experts = 9001;
-    s.topk = 3;
-    s.worstTokens = 0;
-    const Inputs inputs(s, testing::dataOf(s, buffer.rank()));
-    dispatch(buffer, s, inputs, Memory::arena);
-    buffer.destroy();
-  }));
+  for (const bool onOneRank : {false, true}) {
+    CAPTURE(onOneRank);
+    CHECK_NOTHROW(runAsThreads(2, [&](Bootstrap& bootstrap) {
+      BufferOptions options = someOptions();
+      if (onOneRank) options.expertMap.assign(9001, 0);
+      Buffer buffer(bootstrap, options);
+      Scenario s = plainScenario(2);
+      s.tokens = {20, 9};
+      s.experts = 9001;
+      s.expertMap = options.expertMap;
+      const Inputs inputs(s, testing::dataOf(s, buffer.rank()));
+      dispatch(buffer, s, inputs, Memory::arena);
+      buffer.destroy();
+    }));
+  }
+}
+
+/// Takes what is left of an arena, so that results find no room in it.
+std::vector<Tensor> fillArena(Buffer& buffer) {
+  std::vector<Tensor> held;
+  for (Tensor block; (block = buffer.empty({4096}, DataType::uint8)).inArena;) {
+    held.push_back(block);
+  }
+  return held;
 }
 
 TEST_CASE("an arena that is full, or may not grow, has results land") {
@@ -447,22 +469,46 @@ TEST_CASE("an arena that is full, or may not grow, has results land") {
         BufferOptions options = someOptions();
         options.maxArenaBytes = std::int64_t{8} << 20;
         Buffer buffer(bootstrap, options);
+        Scenario s = largeScenario(2);
+        s.tokens = {60, 70};
+        // A frozen buffer has room for operations as large as it has seen.
+        runAll(buffer, s, Memory::arena);
         if (frozen) buffer.freeze();
-        std::vector<Tensor> held;
-        for (Tensor block; !frozen && (block = buffer.empty({4096}, DataType::uint8)).inArena;) {
-          held.push_back(block);
+        const std::vector<Tensor> held = fillArena(buffer);
+        const BufferStats before = buffer.stats();
+        for (const Memory memory : {Memory::arena, Memory::pool, Memory::callers}) {
+          runAll(buffer, s, memory);
         }
-        for (unsigned i = 0; i < 6; ++i) {
-          Scenario s = largeScenario(2);
-          s.seed = i;
-          s.tokens = {60, 70};
-          runAll(buffer, s, static_cast<Memory>(i % 3));
-        }
-        require(buffer.stats().straightRows == 0, "nothing arrives in place");
+        const BufferStats after = buffer.stats();
+        requireEqual(after.straightRows, before.straightRows, "the rows that arrive in place");
+        requireEqual(after.pulledRows, before.pulledRows, "the rows that are read in place");
+        if (frozen) requireEqual(after.arenaBytes, before.arenaBytes, "the size of the arena");
         buffer.destroy();
       }));
     }
   }
+}
+
+TEST_CASE("a frozen buffer refuses what is larger than it has room for, on all ranks") {
+  CHECK_NOTHROW(runAsThreads(2, [](Bootstrap& bootstrap) {
+    Buffer buffer(bootstrap, someOptions());
+    const Scenario small = plainScenario(2);
+    runAll(buffer, small, Memory::callers);
+    buffer.freeze();
+    const std::vector<Tensor> held = fillArena(buffer);
+    const Scenario s = largeScenario(2);
+    const Inputs inputs(s, testing::dataOf(s, buffer.rank()));
+    const std::string text = errorOf<Error>(
+        [&] {
+          PendingDispatch pending = buffer.beginDispatch(inputs.views);
+          const Result result = makeOutputs(buffer, s, pending.numRows(), true, Memory::callers);
+          buffer.finishDispatch(std::move(pending), result.outputs());
+        },
+        "finish");
+    require(contains(text, "freeze()"), text);
+    runAll(buffer, small, Memory::callers);
+    buffer.destroy();
+  }));
 }
 
 TEST_CASE("results live on when the buffer is gone, and other threads drop them at any time") {
@@ -550,14 +596,6 @@ TEST_CASE("a buffer can be moved, during a dispatch too") {
 }
 
 // Refusals: the operation ends for all, and the next one works.
-
-Scenario plainScenario(int ranks) {
-  Scenario s;
-  s.seed = 7;
-  s.ranks = ranks;
-  for (int r = 0; r < ranks; ++r) s.tokens.push_back(5 + r);
-  return s;
-}
 
 /// Runs `mistake` on rank 1 and `right` on the others, which are told who refused and why; then
 /// everything works.

@@ -15,6 +15,8 @@
 #include <sstream>
 #include <string>
 #include <system_error>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "support/ranks.hpp"
@@ -39,7 +41,9 @@ SharedMemoryOptions withTimeout(Seconds timeout) {
   return options;
 }
 
-const std::function<std::string()> kSomething = [] { return std::string("something"); };
+auto somethingOf(std::vector<int> ranks) {
+  return [ranks = std::move(ranks)] { return Awaited{ranks, "something"}; };
+}
 
 TEST_CASE("ranks write into each other's control segments") {
   for (const Launcher& launcher : kLaunchers) {
@@ -58,7 +62,7 @@ TEST_CASE("ranks write into each other's control segments") {
         for (int peer = 0; peer < memory.size(); ++peer) {
           const auto expected = static_cast<std::uint64_t>(100 * peer + self + 1);
           const SharedWord& word = sharedWord(memory.control(self), map.mask(peer));
-          memory.wait([&] { return word.load() == expected; }, kSomething);
+          memory.wait([&] { return word.load() == expected; }, somethingOf({peer}));
         }
         memory.leave();
       }));
@@ -171,13 +175,10 @@ TEST_CASE("a wait that is too long says who waits for what") {
       if (memory.rank() == 1) {
         memory.beginOperation("combine", 77);
         const auto start = Clock::now();
-        const std::string text = errorOf<Timeout>(
-            [&] {
-              memory.wait([] { return false; }, [] { return std::string("rank 0 to do it"); });
-            },
-            "wait");
+        const std::string text =
+            errorOf<Timeout>([&] { memory.wait([] { return false; }, somethingOf({0})); }, "wait");
         require(Clock::now() - start >= std::chrono::milliseconds(190), "it was not too early");
-        for (const char* part : {"combine (epoch 77) on rank 1", "0.2 s", "rank 0 to do it"}) {
+        for (const char* part : {"combine (epoch 77) on rank 1", "0.2 s", "something of rank 0"}) {
           require(contains(text, part), text);
         }
       }
@@ -191,7 +192,8 @@ TEST_CASE("a wait calls pollInterrupt, and lets pass what it throws") {
     SharedMemoryOptions options = withTimeout(testing::kLongTimeout);
     options.connect.pollInterrupt = [] { throw std::system_error(EINTR, std::generic_category()); };
     SharedMemory memory(bootstrap, options);
-    errorOf<std::system_error>([&] { memory.wait([] { return false; }, kSomething); }, "wait");
+    errorOf<std::system_error>([&] { memory.wait([] { return false; }, somethingOf({0})); },
+                               "wait");
     bootstrap.barrier();
   }));
 }
@@ -209,12 +211,12 @@ TEST_CASE("a rank that gives up or goes is noticed by those who wait") {
           if (givesUp) memory->giveUp();
           if (!givesUp) memory.reset();
         } else {
-          const std::string text =
-              errorOf<PeerFailure>([&] { memory->wait([] { return false; }, kSomething); }, "wait");
+          const std::string text = errorOf<PeerFailure>(
+              [&] { memory->wait([] { return false; }, somethingOf({0, 1, 2})); }, "wait");
           require(contains(text, givesUp ? "rank 2 gave up in operation 9"
                                          : "rank 2 destroyed its buffer"),
                   text);
-          require(contains(text, "waited for something"), text);
+          require(contains(text, "waited for something of ranks 0, 1, 2"), text);
         }
         bootstrap.barrier();
       }));
@@ -237,7 +239,27 @@ TEST_CASE("what a rank did before it went counts") {
       }
       bootstrap.barrier();
       const SharedWord& word = sharedWord(memory->control(0), map.mask(1));
-      memory->wait([&] { return word.load() == 5; }, kSomething);
+      memory->wait([&] { return word.load() == 5; }, somethingOf({1}));
+    }));
+  }
+}
+
+TEST_CASE("a rank that nobody waits for may go") {
+  for (const Launcher& launcher : kLaunchers) {
+    CAPTURE(launcher.name);
+    CHECK_NOTHROW(launcher.run(3, [](Bootstrap& bootstrap) {
+      auto memory = std::make_unique<SharedMemory>(bootstrap, withTimeout(testing::kLongTimeout));
+      const ControlMap map(3);
+      bootstrap.barrier();
+      if (memory->rank() == 2) memory.reset();
+      bootstrap.barrier();
+      if (memory == nullptr) return;
+      const int peer = 1 - memory->rank();
+      // The wait is long enough for a look at the peers.
+      if (memory->rank() == 0) std::this_thread::sleep_for(std::chrono::milliseconds(30));
+      sharedWord(memory->control(peer), map.mask(memory->rank())).store(5);
+      const SharedWord& word = sharedWord(memory->control(memory->rank()), map.mask(peer));
+      memory->wait([&] { return word.load() == 5; }, somethingOf({peer}));
     }));
   }
 }
@@ -280,7 +302,7 @@ TEST_CASE("without an answer a rank does not leave for ever") {
     SharedMemory memory(bootstrap, withTimeout(Seconds(0.2)));
     if (memory.rank() == 0) {
       const std::string text = errorOf<Timeout>([&] { memory.leave(); }, "leave");
-      require(contains(text, "rank 1 to destroy its buffer"), text);
+      require(contains(text, "the call of destroy of rank 1"), text);
     }
     bootstrap.barrier();
   }));
@@ -297,7 +319,7 @@ TEST_CASE("a process that is killed is noticed long before the timeout") {
     if (rank == 1) ::raise(SIGKILL);
     const auto start = Clock::now();
     const std::string text =
-        errorOf<PeerFailure>([&] { memory.wait([] { return false; }, kSomething); }, "wait");
+        errorOf<PeerFailure>([&] { memory.wait([] { return false; }, somethingOf({1})); }, "wait");
     require(contains(text, "rank 1 died"), text);
     require(Clock::now() - start < std::chrono::seconds(10), "it took too long");
   });
