@@ -24,7 +24,7 @@ struct ErrorTypes {
 };
 ErrorTypes types;
 
-PyObject* makeType(nb::module_& m, const char* name, const char* doc, nb::object bases) {
+PyObject* makeType(nb::module_& m, const char* name, const char* doc, const nb::object& bases) {
   const std::string qualified = std::string("mscclpp_ep.") + name;
   PyObject* type = PyErr_NewExceptionWithDoc(qualified.c_str(), doc, bases.ptr(), nullptr);
   if (type == nullptr) throw nb::python_error();
@@ -73,9 +73,8 @@ void bindErrors(nb::module_& m) {
       std::rethrow_exception(exception);
     } catch (const Error& error) {
       // A message may quote bytes that are no UTF-8.
-      const auto text = nb::steal(
-          PyUnicode_DecodeUTF8(error.what(), static_cast<Py_ssize_t>(std::strlen(error.what())),
-                               "replace"));
+      const auto text = nb::steal(PyUnicode_DecodeUTF8(
+          error.what(), static_cast<Py_ssize_t>(std::strlen(error.what())), "replace"));
       PyErr_SetObject(typeOf(error), text.ptr());
     }
   });

@@ -22,7 +22,7 @@ std::string dtypeName(std::uint32_t dtype) { return name(static_cast<DataType>(d
 std::string given(bool yes) { return yes ? "given" : "not given"; }
 
 // The first that differs is reported, so what explains most comes first.
-const Field kFields[] = {
+constexpr Field kFields[] = {
     {"the operation",
      [](const Signature& s) -> std::string { return name(static_cast<Operation>(s.operation)); }},
     {"the hidden size (H)", [](const Signature& s) { return cat(s.hidden); }},
@@ -83,8 +83,8 @@ void requireAll(std::span<const Status> statuses, const char* operation) {
     if (statuses[rank].verdict == Verdict::go) continue;
     const char* what =
         statuses[rank].verdict == Verdict::noRoom ? " has no room for the " : " refused the ";
-    throw OperationRefused{
-        std::make_exception_ptr(PeerFailure(cat("rank ", rank, what, operation, ": ", reasonOf(statuses[rank]))))};
+    throw OperationRefused{std::make_exception_ptr(
+        PeerFailure(cat("rank ", rank, what, operation, ": ", reasonOf(statuses[rank]))))};
   }
 }
 

@@ -6,6 +6,7 @@
 #include <exception>
 #include <span>
 #include <string_view>
+#include <utility>
 
 #include "core/packets.hpp"
 #include "mscclpp_ep/buffer.hpp"
@@ -14,7 +15,9 @@ namespace mscclpp_ep {
 
 /// Thrown when an operation ends in an error that every rank sees alike, so that the buffer is
 /// still usable; any other exception ends the buffer.
-struct OperationRefused {
+struct OperationRefused : std::exception {
+  explicit OperationRefused(std::exception_ptr reason) : error(std::move(reason)) {}
+
   std::exception_ptr error;
 };
 

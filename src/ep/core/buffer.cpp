@@ -125,7 +125,8 @@ class Buffer::Impl {
     try {
       backend.refuse(operation, why);
     } catch (const Error&) {
-      // The buffer has failed, which its next call reports. The caller's own mistake comes first.
+      // Expected: the buffer has failed, which its next call reports. The caller's own mistake
+      // comes first.
     }
   }
 

@@ -94,7 +94,7 @@ struct CpuPending final : PendingState {
     try {
       owner->abandonDispatch(*this, "the caller dropped the dispatch before it was finished");
     } catch (const std::exception&) {
-      // The failure is kept by the backend, whose next call reports it.
+      // Expected: the failure is kept by the backend, whose next call reports it.
     }
   }
 

@@ -200,8 +200,7 @@ void RowReducer::reduceAll() {
   for (std::int64_t begin = 0; begin < handle_.numTokens; begin += step) {
     const std::int64_t end = std::min(begin + step, handle_.numTokens);
     while (staging && !tokensReady(end)) staging = stageSome();
-    context_.transport.wait([&] { return tokensReady(end); },
-                            [&] { return notReady(end); });
+    context_.transport.wait([&] { return tokensReady(end); }, [&] { return notReady(end); });
     context_.workers.run(end - begin, kTokensPerPart, [&](std::int64_t from, std::int64_t to) {
       reduceTokens(begin + from, begin + to);
     });

@@ -155,6 +155,7 @@ const std::vector<Message>& RowMover::publish() {
 
 void RowMover::receivePublications(const std::vector<Message>& publications) {
   std::vector<Status> statuses;
+  statuses.reserve(publications.size());
   for (const Message& message : publications) statuses.push_back(decode<Status>(message));
   requireAll(statuses, "dispatch");
   for (std::size_t r = 0; r < numRanks(); ++r) {

@@ -12,8 +12,8 @@ void throwRefusalOfOneGone(const Context& context) {
     if (entry == nullptr) continue;
     const auto head = decode<EntryHead>(*entry);
     if (head.status.verdict == Verdict::go) continue;
-    throw PeerFailure(cat("rank ", rank, " refused the operation, and a rank left: ",
-                          reasonOf(head.status)));
+    throw PeerFailure(
+        cat("rank ", rank, " refused the operation, and a rank left: ", reasonOf(head.status)));
   }
 }
 

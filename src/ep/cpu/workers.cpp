@@ -113,7 +113,8 @@ Workers::Workers(int numThreads)
 
 Workers::~Workers() {
   // In a forked child the helpers do not exist, and waiting for them would not end.
-  if (::getpid() != process_) static_cast<void>(state_.release());
+  if (::getpid() != process_) [[maybe_unused]]
+    State* const leaked = state_.release();
 }
 
 void Workers::run(std::int64_t count, std::int64_t grain, const Work& work) {

@@ -186,8 +186,7 @@ class Connector {
   /// Waits for one of the descriptors, for a moment.
   void pause(std::vector<pollfd> entries, const std::string& awaited) const {
     if (Clock::now() >= deadline_) {
-      throw Timeout(
-          cat("rank ", rank_, " waited for ", awaited, "; are all ranks still running?"));
+      throw Timeout(cat("rank ", rank_, " waited for ", awaited, "; are all ranks still running?"));
     }
     if (pollInterrupt_) pollInterrupt_();
     ::poll(entries.data(), entries.size(), entries.empty() ? 1 : kPollMilliseconds);

@@ -58,16 +58,17 @@ class Transport {
   /// Names what the next waits belong to, for their messages.
   virtual void beginOperation(const char* name, std::uint64_t epoch) = 0;
 
-  /// Returns when `ready()` is true. Throws Timeout if that takes too long, and PeerFailure if a rank
-  /// of `missing()`, an Awaited, is gone or any rank has given up. What pollInterrupt throws passes.
+  /// Returns when `ready()` is true. Throws Timeout if that takes too long, and PeerFailure if a
+  /// rank of `missing()`, an Awaited, is gone or any rank has given up. What pollInterrupt throws
+  /// passes.
   template <typename Ready, typename Missing>
   void wait(const Ready& ready, const Missing& missing) {
     if (spinUntil(ready, spinLimit_)) return;
     waitAsleep(std::cref(ready), std::cref(missing));
   }
 
-  /// Throws PeerFailure if a peer has given up in this operation: what was read from its memory since
-  /// may be anything.
+  /// Throws PeerFailure if a peer has given up in this operation: what was read from its memory
+  /// since may be anything.
   virtual void requireNobodyGaveUp() = 0;
 
   /// Tells the peers that this rank has failed and takes part in nothing any more.

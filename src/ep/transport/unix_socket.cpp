@@ -63,8 +63,8 @@ FileDescriptor listenAbstract(const std::string& name) {
 FileDescriptor connectAbstract(const std::string& name) {
   FileDescriptor socket = makeSocket(SOCK_NONBLOCK);
   const Address address = abstractAddress(name);
-  const int result = ::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address.address),
-                               address.bytes);
+  const int result =
+      ::connect(socket.get(), reinterpret_cast<const sockaddr*>(&address.address), address.bytes);
   if (result < 0 && wouldBlock(errno)) return {};
   EP_SYS_TRY(result, "cannot connect to a rank's Unix socket");
   return socket;

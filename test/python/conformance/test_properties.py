@@ -65,7 +65,7 @@ worst_cases = st.builds(
 
 
 @pytest.mark.ranks(1, 3, 8, modes=("thread",))
-@settings(examples, max_examples=60)
+@settings(examples, max_examples=100)
 @given(case=routings({}), seed=seeds)
 def test_layout_arithmetic(ranks, case, seed):
     ranks.check(basics.check_layout_dry, case, seed)
@@ -73,7 +73,7 @@ def test_layout_arithmetic(ranks, case, seed):
 
 @pytest.mark.slow
 @pytest.mark.ranks(2, 3)
-@settings(examples, max_examples=80)
+@settings(examples, max_examples=200)
 @given(case=dispatches, seed=seeds)
 def test_round_trip(ranks, case, seed):
     ranks.check(basics.check_combine, case, seed)
@@ -81,7 +81,7 @@ def test_round_trip(ranks, case, seed):
 
 @pytest.mark.slow
 @pytest.mark.ranks(3)
-@settings(examples, max_examples=40)
+@settings(examples, max_examples=100)
 @given(case=worst_cases, seed=seeds)
 def test_round_trip_with_worst_tokens(ranks, case, seed):
     ranks.check(basics.drops_are_reported, case, seed)

@@ -89,8 +89,8 @@ class MSCCLPP_EP_API Buffer {
   /// Throws what was noticed since the last call without a call to throw it from: rows dropped
   /// because `numWorstTokens` was too small, or the error that ended the buffer.
   void check();
-  /// From now on the arena does not grow: results that find no room take the landing block, which is
-  /// made large enough for the largest operation so far. A larger one is refused.
+  /// From now on the arena does not grow: results that find no room take the landing block, which
+  /// is made large enough for the largest operation so far. A larger one is refused.
   void freeze();
   BufferStats stats() const;
 
