@@ -22,6 +22,23 @@ if TYPE_CHECKING:
 Operation = _core.Operation
 
 
+def _not_built(feature: str) -> NoReturn:
+    msg = f"{feature} is not in this version of mscclpp_ep"
+    raise NotBuilt(msg)
+
+
+def _unbuilt(name: str) -> Callable[..., NoReturn]:
+    """A method of DeepEP's that is not there yet: it can be found, and says so when called."""
+
+    def method(*args: object, **kwargs: object) -> NoReturn:
+        del args, kwargs
+        _not_built(name)
+
+    method.__name__ = name
+    method.__doc__ = "Not in this version: raises `NotBuilt`."
+    return method
+
+
 class Buffer:
     """Dispatch and combine of the tokens of a mixture-of-experts layer over the ranks of a group.
 
@@ -533,39 +550,16 @@ class Buffer:
         """
         _not_built("get_comm_stream (a buffer on the CPU has no streams)")
 
-    def get_local_buffer_tensor(self, *args: object, **kwargs: object) -> NoReturn:
-        """Not built yet.
-
-        Raises:
-            NotBuilt: Always.
-        """
-        del args, kwargs
-        _not_built("get_local_buffer_tensor")
-
-    def internode_dispatch(self, *args: object, **kwargs: object) -> NoReturn:
-        """Not built yet.
-
-        Raises:
-            NotBuilt: Always.
-        """
-        del args, kwargs
-        _not_built("internode_dispatch")
-
-    def internode_combine(self, *args: object, **kwargs: object) -> NoReturn:
-        """Not built yet.
-
-        Raises:
-            NotBuilt: Always.
-        """
-        del args, kwargs
-        _not_built("internode_combine")
-
-    def __getattr__(self, name: str) -> NoReturn:
-        # Only called for what is not found: DeepEP's other methods say what they lack.
-        if name in _LOW_LATENCY:
-            _not_built(name)
-        msg = f"{type(self).__name__!r} object has no attribute {name!r}"
-        raise AttributeError(msg)
+    get_local_buffer_tensor = _unbuilt("get_local_buffer_tensor")
+    internode_dispatch = _unbuilt("internode_dispatch")
+    internode_combine = _unbuilt("internode_combine")
+    clean_low_latency_buffer = _unbuilt("clean_low_latency_buffer")
+    get_next_low_latency_combine_buffer = _unbuilt("get_next_low_latency_combine_buffer")
+    low_latency_dispatch = _unbuilt("low_latency_dispatch")
+    low_latency_combine = _unbuilt("low_latency_combine")
+    low_latency_update_mask_buffer = _unbuilt("low_latency_update_mask_buffer")
+    low_latency_query_mask_buffer = _unbuilt("low_latency_query_mask_buffer")
+    low_latency_clean_mask_buffer = _unbuilt("low_latency_clean_mask_buffer")
 
     # Helpers
 
@@ -587,24 +581,6 @@ class Buffer:
             # here comes first.
             if self._core.destroyed:
                 raise
-
-
-_LOW_LATENCY = frozenset(
-    {
-        "clean_low_latency_buffer",
-        "get_next_low_latency_combine_buffer",
-        "low_latency_clean_mask_buffer",
-        "low_latency_combine",
-        "low_latency_dispatch",
-        "low_latency_query_mask_buffer",
-        "low_latency_update_mask_buffer",
-    }
-)
-
-
-def _not_built(feature: str) -> NoReturn:
-    msg = f"{feature} is not in this version of mscclpp_ep"
-    raise NotBuilt(msg)
 
 
 def _device_name(device: Any) -> str:

@@ -115,13 +115,15 @@ class Host:
         return f"ranks {self.ranks} exited with {code}\n{self.log_tail()}" if code else None
 
 
-def await_stacks(hosts: list[Host], limit: float = 3.0) -> None:
-    """Waits until every host that can has written its stacks to its log."""
-    deadline = time.monotonic() + limit
+def await_stacks(hosts: list[Host], limit: float = 5.0) -> None:
+    """Waits until every host has written its stacks to its log, or cannot."""
+    deadline, before = time.monotonic() + limit, []
     while time.monotonic() < deadline:
-        if all("most recent call first" in h.log_tail() for h in hosts):
+        logs = [host.log_tail() for host in hosts]
+        if logs == before and all("most recent call first" in log for log in logs):
             return
-        time.sleep(0.02)
+        before = logs
+        time.sleep(0.1)
 
 
 class Run:

@@ -16,6 +16,7 @@ def refuse(context) -> None:
 
 
 def wait_for_mail_that_never_comes(context) -> None:
+    context.report("waiting")
     context.receive()
 
 
