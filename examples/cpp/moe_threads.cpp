@@ -71,7 +71,7 @@ int runRank(ep::Bootstrap& bootstrap) {
   // Combine: the rows go back to where their tokens came from.
   std::vector<float> out(kTokens * kHidden);
   const auto outView = ep::makeView(out.data(), ep::DataType::float32, {kTokens, kHidden});
-  buffer.combine({.x = recvX.view}, handle, {.x = outView});
+  buffer.combine({recvX.view, {}, {}, {}}, handle, {outView, {}});
   buffer.destroy();
 
   int wrong = 0;

@@ -43,6 +43,7 @@ inline constexpr std::size_t kSlotPayload = kSlotBytes - sizeof(SlotHeader);
 /// Words that a rank raises at a peer as an operation proceeds, {rows so far, epoch}.
 enum Progress : int {
   kRowsPushed,  ///< by a dispatch, into the peer's arena
+  kRowsTaken,   ///< by a dispatch, out of the rows that the peer pushed into a landing block
   kRowsStaged,  ///< by a combine, in the sender's own memory, for the peer to read
   kRowsRead,    ///< by a combine, from the peer's memory
   kNumProgress

@@ -79,6 +79,9 @@ struct DispatchPublish {
   Status status;
   std::int64_t firstRow = 0;  ///< row of the first of the receiver's tokens
   std::int64_t capacity = 0;  ///< rows at or beyond this are dropped
+  /// A landing column has this many rows for the receiver's tokens, used over and over: the one of
+  /// ordinal o is row o modulo this, once the row before in its place has been copied out.
+  std::int64_t ringRows = 0;
   ArrayAddress columns[kNumColumns];
 };
 

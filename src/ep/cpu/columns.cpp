@@ -33,33 +33,34 @@ RowWriter::RowWriter(const DispatchRequest& request, const RowKernels& kernels)
 }
 
 void RowWriter::write(const Target& target, std::int64_t token, std::int64_t ordinal) const {
-  const std::int64_t row = target.firstRow + ordinal;
-  if (row >= target.capacity) return;
-  copyRow(target, kRows, token, row);
+  if (target.firstRow + ordinal >= target.capacity) return;
+  copyRow(target, kRows, token, ordinal);
   if (rowBytes(kScales) != 0) {
     if (packedScales_) {
-      copyRow(target, kScales, token, row);
+      copyRow(target, kScales, token, ordinal);
     } else {
+      const std::int64_t row = target.rowOf(kScales, ordinal);
       writeScales(target.columns[kScales] + row * static_cast<std::int64_t>(rowBytes(kScales)),
                   token);
     }
   }
   if (rowBytes(kTopkIdx) != 0) {
-    wideIndex_ ? writeTopk<std::int64_t>(target, token, row)
-               : writeTopk<std::int32_t>(target, token, row);
+    wideIndex_ ? writeTopk<std::int64_t>(target, token, ordinal)
+               : writeTopk<std::int32_t>(target, token, ordinal);
   }
   if (rowBytes(kSourceIndex) != 0) {
-    reinterpret_cast<std::int32_t*>(target.columns[kSourceIndex])[row] =
-        static_cast<std::int32_t>(token);
+    auto* sources = reinterpret_cast<std::int32_t*>(target.columns[kSourceIndex]);
+    sources[target.rowOf(kSourceIndex, ordinal)] = static_cast<std::int32_t>(token);
   }
 }
 
 void RowWriter::copyRow(const Target& target, int column, std::int64_t token,
-                        std::int64_t row) const {
+                        std::int64_t ordinal) const {
   const SourceColumn& source = columns_[static_cast<std::size_t>(column)];
   const std::byte* in = source.data + token * source.rowStride;
-  std::byte* out = target.columns[column] + row * static_cast<std::int64_t>(source.rowBytes);
-  if (source.rowBytes >= kStreamedRowBytes && !target.cached[column]) {
+  std::byte* out = target.columns[column] +
+                   target.rowOf(column, ordinal) * static_cast<std::int64_t>(source.rowBytes);
+  if (source.rowBytes >= kStreamedRowBytes && !target.lands[column]) {
     kernels_.streamCopy(out, in, source.rowBytes);
   } else {
     std::memcpy(out, in, source.rowBytes);
@@ -77,11 +78,13 @@ void RowWriter::writeScales(std::byte* out, std::int64_t token) const {
 
 /// The receiver gets the choices that are its own, by local id.
 template <typename Index>
-void RowWriter::writeTopk(const Target& target, std::int64_t token, std::int64_t row) const {
+void RowWriter::writeTopk(const Target& target, std::int64_t token, std::int64_t ordinal) const {
   const auto* ids = reinterpret_cast<const Index*>(columns_[kTopkIdx].data) + token * topk_;
   const auto* weights = reinterpret_cast<const float*>(columns_[kTopkWeights].data) + token * topk_;
-  auto* outIds = reinterpret_cast<Index*>(target.columns[kTopkIdx]) + row * topk_;
-  auto* outWeights = reinterpret_cast<float*>(target.columns[kTopkWeights]) + row * topk_;
+  auto* outIds =
+      reinterpret_cast<Index*>(target.columns[kTopkIdx]) + target.rowOf(kTopkIdx, ordinal) * topk_;
+  auto* outWeights = reinterpret_cast<float*>(target.columns[kTopkWeights]) +
+                     target.rowOf(kTopkWeights, ordinal) * topk_;
   for (std::int64_t k = 0; k < topk_; ++k) {
     const bool own = ids[k] >= 0 && placement_.owner(ids[k]) == target.rank;
     outIds[k] = own ? static_cast<Index>(placement_.localIndex(ids[k])) : Index{-1};

@@ -37,20 +37,26 @@ class RowWriter {
   /// Where the rows for one rank go.
   struct Target {
     int rank = 0;
-    bool cached[kNumColumns] = {};  ///< written through the caches: soon to be read from them
+    bool lands[kNumColumns] = {};  ///< in a ring of rows, to be copied out soon
     std::byte* columns[kNumColumns] = {};
     std::int64_t firstRow = 0;
     std::int64_t capacity = 0;
+    std::int64_t ringRows = 1;
+
+    /// Where the row of a token that is the `ordinal`th sent there goes.
+    std::int64_t rowOf(int column, std::int64_t ordinal) const {
+      return lands[column] ? ordinal % ringRows : firstRow + ordinal;
+    }
   };
 
   /// Writes row `ordinal` of those for `target`, made from `token`.
   void write(const Target& target, std::int64_t token, std::int64_t ordinal) const;
 
  private:
-  void copyRow(const Target& target, int column, std::int64_t token, std::int64_t row) const;
+  void copyRow(const Target& target, int column, std::int64_t token, std::int64_t ordinal) const;
   void writeScales(std::byte* out, std::int64_t token) const;
   template <typename Index>
-  void writeTopk(const Target& target, std::int64_t token, std::int64_t row) const;
+  void writeTopk(const Target& target, std::int64_t token, std::int64_t ordinal) const;
 
   const RowKernels& kernels_;
   const ExpertPlacement& placement_;

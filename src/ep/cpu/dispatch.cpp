@@ -5,20 +5,28 @@
 #include <cstring>
 
 #include "cpu/columns.hpp"
+#include "cpu/landing.hpp"
 #include "cpu/rounds.hpp"
 
 namespace mscclpp_ep::cpu {
 
 namespace {
 
-// Rows that land are copied out soon after they were written, while they are in some cache. With
-// fewer bytes a step the exchange of progress words costs more than that gains.
-constexpr std::size_t kLandingStepBytes = std::size_t{256} << 10;
 constexpr std::int64_t kTokensPerPart = 16;
+// A rank whose rows land looks this often at what has come while it sends.
+constexpr std::int64_t kTokensPerLook = 16;
 
 template <typename T>
 std::shared_ptr<std::vector<T>> shared(std::vector<T> values) {
   return std::make_shared<std::vector<T>>(std::move(values));
+}
+
+std::vector<std::int64_t> keptFrom(const DispatchPlan& plan) {
+  std::vector<std::int64_t> kept;
+  for (std::size_t r = 0; r < plan.numRowsFrom.size(); ++r) {
+    kept.push_back(rowsKept(plan.firstRowFrom[r], plan.numRowsFrom[r], plan.numRows));
+  }
+  return kept;
 }
 
 /// The second half of a dispatch, on one rank.
@@ -30,8 +38,9 @@ class RowMover {
         request_(request),
         plan_(plan),
         writer_(request, context.kernels),
-        targets_(static_cast<std::size_t>(context.size())),
-        copiedOut_(static_cast<std::size_t>(context.size())) {
+        numKeptFrom_(keptFrom(plan)),
+        landing_(context, numKeptFrom_, plan.firstRowFrom),
+        targets_(static_cast<std::size_t>(context.size())) {
     try {
       bindOutputs(outputs);
     } catch (const Error& error) {
@@ -49,21 +58,15 @@ class RowMover {
   }
 
  private:
-  struct Output {
-    std::byte* data = nullptr;
-    ArrayAddress address;
-    const std::byte* landing = nullptr;  ///< where its rows arrive, if not in place
-  };
-
   void bindOutputs(const DispatchOutputs& outputs);
-  void bindLanding();
   const std::vector<Message>& publish();
   void receivePublications(const std::vector<Message>& publications);
+  void bindTarget(std::size_t rank, const DispatchPublish& publication);
   void sendRows();
   void sendTokens(std::int64_t begin, std::int64_t end);
+  std::int64_t rowsAmong(std::size_t rank, std::int64_t numTokens) const;
+  Awaited withoutRoom(std::int64_t numTokens) const;
   void raisePushed(std::int64_t sentTokens);
-  bool copyOutArrived();
-  void copyOut(int from, std::int64_t begin, std::int64_t end);
   void awaitRows();
   void markMissingRows();
   std::shared_ptr<const HandleState> makeHandle();
@@ -72,24 +75,17 @@ class RowMover {
   std::int64_t rowBytes(int column) const {
     return static_cast<std::int64_t>(writer_.rowBytes(column));
   }
-  std::int64_t rowsKeptFrom(std::size_t rank) const {
-    return rowsKept(plan_.firstRowFrom[rank], plan_.numRowsFrom[rank], plan_.numRows);
-  }
-  std::int64_t rowsKeptAt(const RowWriter::Target& target) const {
-    return rowsKept(target.firstRow, request_.plan->numRows[static_cast<std::size_t>(target.rank)],
-                    target.capacity);
-  }
 
   Context& context_;
   const DispatchRequest& request_;
   const DispatchPlan& plan_;
   const RowWriter writer_;
-  Output outputs_[kNumColumns];
+  const std::vector<std::int64_t> numKeptFrom_;
+  OutputColumn outputs_[kNumColumns];
   Tensor sourceIndex_;
-  bool landed_ = false;    ///< some output of this rank is copied from the landing block
-  bool anyLands_ = false;  ///< some peer copies out what this rank sends
+  Landing landing_;
   std::vector<RowWriter::Target> targets_;
-  std::vector<std::int64_t> copiedOut_;  ///< [R] rows from each rank
+  std::int64_t step_ = 0;  ///< tokens between two looks at what others do
 };
 
 /// Finds out which outputs rows can arrive in, and a landing block for the others.
@@ -106,36 +102,20 @@ void RowMover::bindOutputs(const DispatchOutputs& outputs) {
   views[kTopkIdx] = &outputs.topkIdx;
   views[kTopkWeights] = &outputs.topkWeights;
   views[kSourceIndex] = &sourceIndex_.view;
-  for (int column = 0; column < kNumColumns; ++column) {
-    if (rowBytes(column) == 0 || plan_.numRows == 0) continue;
-    Output& output = outputs_[column];
-    output.data = static_cast<std::byte*>(views[column]->data);
-    const std::size_t bytes = arrayBytes(plan_.numRows, writer_.rowBytes(column));
-    const auto address = context_.arena.locate(output.data, bytes);
-    output.address = address.value_or(ArrayAddress{.access = Access::landing});
-    landed_ = landed_ || !address;
-  }
-  // A single rank writes its rows straight into any memory.
-  if (context_.size() == 1) landed_ = false;
   std::int64_t all[kNumColumns] = {};
-  for (int column = 0; column < kNumColumns; ++column) all[column] = rowBytes(column);
+  for (int column = 0; column < kNumColumns; ++column) {
+    all[column] = rowBytes(column);
+    if (rowBytes(column) == 0 || plan_.numRows == 0) continue;
+    OutputColumn& output = outputs_[column];
+    output.data = static_cast<std::byte*>(views[column]->data);
+    output.rowBytes = writer_.rowBytes(column);
+    const auto address =
+        context_.arena.locate(output.data, arrayBytes(plan_.numRows, output.rowBytes));
+    output.address = address.value_or(ArrayAddress{.access = Access::landing});
+  }
   context_.arena.noteOperation(landingMap(plan_.numRows, all).bytes);
-  if (landed_) bindLanding();
-}
-
-void RowMover::bindLanding() {
-  std::int64_t bytes[kNumColumns] = {};
-  for (int column = 0; column < kNumColumns; ++column) {
-    if (outputs_[column].address.access == Access::landing) bytes[column] = rowBytes(column);
-  }
-  const LandingMap map = landingMap(plan_.numRows, bytes);
-  const ArenaBlock block = context_.arena.landing(map.bytes);
-  for (int column = 0; column < kNumColumns; ++column) {
-    if (bytes[column] == 0) continue;
-    outputs_[column].address.segment = block.address.segment;
-    outputs_[column].address.offset = block.address.offset + map.offset[column];
-    outputs_[column].landing = block.data.get() + map.offset[column];
-  }
+  // A single rank writes its rows straight into any memory.
+  if (context_.size() > 1) landing_.bind(outputs_, plan_.numRows);
 }
 
 const std::vector<Message>& RowMover::publish() {
@@ -144,8 +124,13 @@ const std::vector<Message>& RowMover::publish() {
     DispatchPublish publication;
     publication.firstRow = plan_.firstRowFrom[r];
     publication.capacity = plan_.numRows;
+    publication.ringRows = landing_.ringRows(r);
     for (int column = 0; column < kNumColumns; ++column) {
-      publication.columns[column] = outputs_[column].address;
+      if (landing_.used()) {
+        publication.columns[column] = landing_.address(column, r);
+      } else {
+        publication.columns[column] = outputs_[column].address;
+      }
     }
     outgoing.push_back(encode(publication));
   }
@@ -158,47 +143,65 @@ void RowMover::receivePublications(const std::vector<Message>& publications) {
   statuses.reserve(publications.size());
   for (const Message& message : publications) statuses.push_back(decode<Status>(message));
   requireAll(statuses, "dispatch");
+  step_ = landing_.used() ? kTokensPerLook * context_.workers.numThreads()
+                          : std::max<std::int64_t>(request_.numTokens, 1);
   for (std::size_t r = 0; r < numRanks(); ++r) {
-    const auto publication = decode<DispatchPublish>(publications[r]);
-    RowWriter::Target& target = targets_[r];
-    target.rank = static_cast<int>(r);
-    target.firstRow = publication.firstRow;
-    target.capacity = publication.capacity;
-    if (rowsKeptAt(target) == 0) continue;
-    for (int column = 0; column < kNumColumns; ++column) {
-      const ArrayAddress& address = publication.columns[column];
-      if (rowBytes(column) == 0) continue;
-      if (target.rank == context_.rank()) {
-        target.columns[column] = outputs_[column].data;
-        continue;
-      }
-      target.columns[column] = context_.transport.peerMemory(
-          target.rank, address.segment, address.offset,
-          static_cast<std::size_t>(publication.capacity * rowBytes(column)));
-      target.cached[column] = address.access == Access::landing;
-      anyLands_ = anyLands_ || target.cached[column];
+    bindTarget(r, decode<DispatchPublish>(publications[r]));
+  }
+}
+
+void RowMover::bindTarget(std::size_t rank, const DispatchPublish& publication) {
+  RowWriter::Target& target = targets_[rank];
+  target.rank = static_cast<int>(rank);
+  target.firstRow = publication.firstRow;
+  target.capacity = publication.capacity;
+  target.ringRows = std::max<std::int64_t>(publication.ringRows, 1);
+  if (rowsAmong(rank, request_.numTokens) == 0) return;
+  for (int column = 0; column < kNumColumns; ++column) {
+    if (rowBytes(column) == 0) continue;
+    if (target.rank == context_.rank()) {
+      target.columns[column] = outputs_[column].data;
+      continue;
     }
+    const ArrayAddress& address = publication.columns[column];
+    target.lands[column] = address.access == Access::landing;
+    const std::int64_t rows = target.lands[column] ? target.ringRows : target.capacity;
+    target.columns[column] = context_.transport.peerMemory(
+        target.rank, address.segment, address.offset, arrayBytes(rows, writer_.rowBytes(column)));
+    // While a quarter of a ring is written, the others are on their way out of it.
+    if (target.lands[column]) step_ = std::min(step_, std::max<std::int64_t>(rows / 4, 1));
   }
 }
 
 void RowMover::sendRows() {
-  std::int64_t step = std::max<std::int64_t>(request_.numTokens, 1);
-  if (anyLands_ || landed_) {
-    const auto bytes = std::max<std::size_t>(writer_.rowBytes(kRows), 1);
-    step = std::max<std::int64_t>(static_cast<std::int64_t>(kLandingStepBytes / bytes), 1) *
-           context_.workers.numThreads();
-  }
-  std::int64_t sent = 0;
-  while (sent < request_.numTokens) {
-    const std::int64_t end = std::min(sent + step, request_.numTokens);
+  for (std::int64_t sent = 0; sent < request_.numTokens;) {
+    const std::int64_t end = std::min(sent + step_, request_.numTokens);
+    const auto room = [&] {
+      landing_.takeArrived();
+      return withoutRoom(end).ranks.empty();
+    };
+    context_.transport.wait(room, [&] { return withoutRoom(end); });
     context_.workers.run(end - sent, kTokensPerPart, [&](std::int64_t from, std::int64_t to) {
       sendTokens(sent + from, sent + to);
     });
     sent = end;
     raisePushed(sent);
-    copyOutArrived();
   }
   if (request_.numTokens == 0) raisePushed(0);
+}
+
+/// The ranks that have not yet copied out enough rows for those of the tokens before `numTokens`.
+Awaited RowMover::withoutRoom(std::int64_t numTokens) const {
+  Awaited full{{}, "room for rows"};
+  for (std::size_t r = 0; r < numRanks(); ++r) {
+    const RowWriter::Target& target = targets_[r];
+    const bool lands =
+        std::find(std::begin(target.lands), std::end(target.lands), true) != std::end(target.lands);
+    if (!lands) continue;
+    const std::int64_t taken = std::max<std::int64_t>(context_.raised(kRowsTaken, target.rank), 0);
+    if (rowsAmong(r, numTokens) > taken + target.ringRows) full.ranks.push_back(target.rank);
+  }
+  return full;
 }
 
 void RowMover::sendTokens(std::int64_t begin, std::int64_t end) {
@@ -212,53 +215,25 @@ void RowMover::sendTokens(std::int64_t begin, std::int64_t end) {
   }
 }
 
-/// Tells every rank how many of its rows are among the first `sentTokens` tokens.
+/// How many rows for a rank are among the first tokens.
+std::int64_t RowMover::rowsAmong(std::size_t rank, std::int64_t numTokens) const {
+  const RowWriter::Target& target = targets_[rank];
+  const std::vector<std::int32_t>& heads = request_.plan->head;
+  std::int64_t rows = request_.plan->numRows[rank];
+  if (numTokens < request_.numTokens) {
+    auto token = static_cast<std::size_t>(numTokens);
+    while (token > 0 && heads[(token - 1) * numRanks() + rank] < 0) --token;
+    rows = token == 0 ? 0 : heads[(token - 1) * numRanks() + rank] + 1;
+  }
+  return rowsKept(target.firstRow, rows, target.capacity);
+}
+
+/// Tells every rank how many of its rows have been sent.
 void RowMover::raisePushed(std::int64_t sentTokens) {
-  const auto ranks = static_cast<std::int64_t>(numRanks());
-  for (std::int64_t r = 0; r < ranks; ++r) {
-    const RowWriter::Target& target = targets_[static_cast<std::size_t>(r)];
-    std::int64_t rows = request_.plan->numRows[static_cast<std::size_t>(r)];
-    if (sentTokens < request_.numTokens) {
-      std::int64_t token = sentTokens;
-      while (token > 0 &&
-             request_.plan->head[static_cast<std::size_t>((token - 1) * ranks + r)] < 0)
-        --token;
-      rows = token == 0
-                 ? 0
-                 : request_.plan->head[static_cast<std::size_t>((token - 1) * ranks + r)] + 1;
-    }
-    if (target.rank != context_.rank()) {
-      context_.raise(kRowsPushed, target.rank, rowsKept(target.firstRow, rows, target.capacity));
-    }
-  }
-}
-
-/// Copies out the rows that have landed. True when every row has come.
-bool RowMover::copyOutArrived() {
-  bool all = true;
   for (std::size_t r = 0; r < numRanks(); ++r) {
-    if (static_cast<int>(r) == context_.rank()) continue;
-    const std::int64_t arrived = context_.raised(kRowsPushed, static_cast<int>(r));
-    all = all && arrived >= rowsKeptFrom(r);
-    if (!landed_ || arrived <= copiedOut_[r]) continue;
-    copyOut(static_cast<int>(r), copiedOut_[r], std::min(arrived, rowsKeptFrom(r)));
-    copiedOut_[r] = arrived;
+    const int rank = static_cast<int>(r);
+    if (rank != context_.rank()) context_.raise(kRowsPushed, rank, rowsAmong(r, sentTokens));
   }
-  return all;
-}
-
-void RowMover::copyOut(int from, std::int64_t begin, std::int64_t end) {
-  const std::int64_t first = plan_.firstRowFrom[static_cast<std::size_t>(from)];
-  context_.workers.run(
-      end - begin, kTokensPerPart, [&](std::int64_t partBegin, std::int64_t partEnd) {
-        for (int column = 0; column < kNumColumns; ++column) {
-          const Output& output = outputs_[column];
-          if (output.landing == nullptr) continue;
-          const std::int64_t offset = (first + begin + partBegin) * rowBytes(column);
-          const auto bytes = static_cast<std::size_t>((partEnd - partBegin) * rowBytes(column));
-          context_.kernels.streamCopy(output.data + offset, output.landing + offset, bytes);
-        }
-      });
 }
 
 void RowMover::awaitRows() {
@@ -266,13 +241,13 @@ void RowMover::awaitRows() {
     Awaited late{{}, "the rows"};
     for (std::size_t r = 0; r < numRanks(); ++r) {
       const int rank = static_cast<int>(r);
-      const bool arrived = context_.raised(kRowsPushed, rank) >= rowsKeptFrom(r);
+      const bool arrived = context_.raised(kRowsPushed, rank) >= numKeptFrom_[r];
       if (rank != context_.rank() && !arrived) late.ranks.push_back(rank);
     }
     return late;
   };
-  context_.transport.wait([&] { return copyOutArrived(); }, missing);
-  (landed_ ? context_.stats.landedRows : context_.stats.straightRows) +=
+  context_.transport.wait([&] { return landing_.takeArrived(); }, missing);
+  (landing_.used() ? context_.stats.landedRows : context_.stats.straightRows) +=
       std::min(plan_.numRecv, plan_.numRows);
 }
 
@@ -280,12 +255,12 @@ void RowMover::awaitRows() {
 void RowMover::markMissingRows() {
   const std::int64_t received = std::min(plan_.numRecv, plan_.numRows);
   for (const int column : {kTopkIdx, kSourceIndex}) {
-    const Output& output = outputs_[column];
+    const OutputColumn& output = outputs_[column];
     if (output.data == nullptr) continue;
     std::memset(output.data + received * rowBytes(column), 0xFF,
                 static_cast<std::size_t>((plan_.numRows - received) * rowBytes(column)));
   }
-  const Output& weights = outputs_[kTopkWeights];
+  const OutputColumn& weights = outputs_[kTopkWeights];
   if (weights.data != nullptr) {
     std::memset(weights.data + received * rowBytes(kTopkWeights), 0,
                 static_cast<std::size_t>((plan_.numRows - received) * rowBytes(kTopkWeights)));

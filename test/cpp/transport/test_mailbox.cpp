@@ -169,6 +169,17 @@ TEST_CASE("a rank may be as many refusals ahead as a mailbox is deep") {
   }
 }
 
+TEST_CASE("ranks that all refuse do not wait for each other") {
+  CHECK_NOTHROW(runAsThreads(3, [](Bootstrap& bootstrap) {
+    Rank rank(bootstrap, kStarts[2]);
+    for (std::uint64_t epoch = 1; epoch <= 50; ++epoch) {
+      rank.mailbox.post(epoch, 0, std::vector<Message>(3, Message(5)), "room");
+    }
+    exchangeAndCheck(5, rank, 51, 0);
+    rank.transport.leave();
+  }));
+}
+
 TEST_CASE("a rank that refuses waits for room if it is further ahead") {
   CHECK_NOTHROW(runAsThreads(2, [&](Bootstrap& bootstrap) {
     Rank rank(bootstrap, 0, bootstrap.rank() == 0 ? Seconds(0.2) : testing::kLongTimeout);

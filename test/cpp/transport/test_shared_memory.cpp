@@ -297,6 +297,19 @@ TEST_CASE("a rank that has left does not end the leaving of others") {
   }));
 }
 
+TEST_CASE("ranks leave one that gave up as well, and wait for it") {
+  for (const Launcher& launcher : kLaunchers) {
+    CAPTURE(launcher.name);
+    CHECK_NOTHROW(launcher.run(3, [](Bootstrap& bootstrap) {
+      SharedMemory memory(bootstrap, withTimeout(testing::kLongTimeout));
+      if (memory.rank() == 0) memory.giveUp();
+      bootstrap.barrier();
+      if (memory.rank() == 0) std::this_thread::sleep_for(std::chrono::milliseconds(30));
+      memory.leave();
+    }));
+  }
+}
+
 TEST_CASE("without an answer a rank does not leave for ever") {
   CHECK_NOTHROW(runAsThreads(2, [](Bootstrap& bootstrap) {
     SharedMemory memory(bootstrap, withTimeout(Seconds(0.2)));

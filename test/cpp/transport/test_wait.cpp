@@ -70,6 +70,24 @@ TEST_CASE("no wake-up is lost between processes") {
 }
 #endif
 
+TEST_CASE("a ring between the last look and the sleep counts") {
+  const auto memory = Segment::create(kPage);
+  const Table table(memory->data());
+  const Doorbell bell = table.doorbell(0);
+  const auto start = std::chrono::steady_clock::now();
+  const bool awake = bell.sleep(
+      [&] {
+        const bool come = table.word(0).load() != 0;
+        // The other rank, at the worst moment: this one has looked, and does not sleep yet.
+        table.word(0).store(1);
+        bell.ring();
+        return come;
+      },
+      20s);
+  CHECK(awake);
+  CHECK(std::chrono::steady_clock::now() - start < 10s);
+}
+
 TEST_CASE("a sleep that nobody ends lasts as long as was asked") {
   const auto memory = Segment::create(kPage);
   const Doorbell bell = Table(memory->data()).doorbell(0);
