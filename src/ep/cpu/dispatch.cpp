@@ -23,6 +23,7 @@ std::shared_ptr<std::vector<T>> shared(std::vector<T> values) {
 
 std::vector<std::int64_t> keptFrom(const DispatchPlan& plan) {
   std::vector<std::int64_t> kept;
+  kept.reserve(plan.numRowsFrom.size());
   for (std::size_t r = 0; r < plan.numRowsFrom.size(); ++r) {
     kept.push_back(rowsKept(plan.firstRowFrom[r], plan.numRowsFrom[r], plan.numRows));
   }

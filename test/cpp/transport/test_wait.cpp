@@ -28,22 +28,31 @@ class Table {
   std::byte* data_;
 };
 
-/// Hands a number to and fro. A wake-up that is lost shows as a sleep of its full length.
+constexpr std::chrono::seconds kLongSleep{20};
+
+/// Waits as ranks do. A ring of an earlier round may come late and end a sleep too soon, which is
+/// harmless; a wake-up that is lost shows as a sleep of its full length.
+template <typename Ready>
+void waitFor(const Doorbell& bell, const Ready& ready, std::chrono::nanoseconds spin) {
+  bool done = spinUntil(ready, spin);
+  while (!done) {
+    const auto start = std::chrono::steady_clock::now();
+    done = bell.sleep(ready, kLongSleep);
+    const auto slept = std::chrono::steady_clock::now() - start;
+    testing::require(slept < kLongSleep / 2, "a wake-up was lost");
+  }
+}
+
+/// Hands a number to and fro.
 void handOver(const Table& table, int rank, std::uint64_t rounds, std::chrono::nanoseconds spin) {
-  const Doorbell own = table.doorbell(rank);
-  const Doorbell other = table.doorbell(1 - rank);
+  const auto tell = [&](std::uint64_t value) {
+    table.word(1 - rank).store(value);
+    table.doorbell(1 - rank).ring();
+  };
   for (std::uint64_t i = 1; i <= rounds; ++i) {
-    const auto come = [&] { return table.word(rank).load() >= i; };
-    if (rank == 0) {
-      table.word(1).store(i);
-      other.ring();
-    }
-    const bool awake = spinUntil(come, spin) || own.sleep(come, 20s);
-    testing::require(awake, "rank ", rank, " is woken in round ", i);
-    if (rank == 1) {
-      table.word(0).store(i);
-      other.ring();
-    }
+    if (rank == 0) tell(i);
+    waitFor(table.doorbell(rank), [&] { return table.word(rank).load() >= i; }, spin);
+    if (rank == 1) tell(i);
   }
 }
 
