@@ -29,7 +29,8 @@ void append(std::string& out, const T& value) {
     out += value;
   } else if constexpr (std::is_arithmetic_v<T>) {
     char text[64];
-    out.append(text, std::to_chars(text, text + sizeof(text), value).ptr);
+    const char* end = std::to_chars(text, text + sizeof(text), value).ptr;
+    out.append(text, static_cast<std::size_t>(end - text));
   } else if constexpr (std::same_as<T, DataType>) {
     out += name(value);
   } else if constexpr (std::ranges::input_range<const T&>) {

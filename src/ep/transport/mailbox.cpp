@@ -92,7 +92,9 @@ bool Mailbox::postSome(int rank, const Message& message, const Key& key) {
     header.epoch = key.epoch;
     header.round = key.round;
     header.totalBytes = message.size();
-    std::memcpy(slot + sizeof(SlotHeader), message.data() + peer.postedBytes, bytes);
+    if (bytes > 0) {
+      std::memcpy(slot + sizeof(SlotHeader), message.data() + peer.postedBytes, bytes);
+    }
     sharedWord(slot, offsetof(SlotHeader, flag))
         .store(packSignal(static_cast<std::uint32_t>(bytes) + 1, sequence));
     transport_.ring(rank);

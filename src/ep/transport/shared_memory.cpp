@@ -241,9 +241,9 @@ void SharedMemory::throwIfPeerFailed(const Awaited& missing) const {
   for (int peer = 0; peer < size(); ++peer) throwIfGaveUp(peer, missing);
   // A rank that is not waited for may have done its part and gone.
   for (const int peer : missing.ranks) {
+    if (!departed(peer)) continue;
     // One that left orderly ends its sockets as well.
     const char* how = closed(peer) ? " destroyed its buffer" : " died";
-    if (!departed(peer)) continue;
     throw PeerFailure(
         cat(describe(), ": rank ", peer, how, " while this rank waited for ", missing));
   }

@@ -37,15 +37,21 @@ FileDescriptor makeSocket(int flags) {
 
 bool wouldBlock(int error) { return error == EAGAIN || error == EWOULDBLOCK || error == EINTR; }
 
+/// The descriptor that came with a message. A stranger may send several: the others are closed.
 FileDescriptor takeDescriptor(msghdr& header) {
+  FileDescriptor first;
   for (cmsghdr* control = CMSG_FIRSTHDR(&header); control != nullptr;
        control = CMSG_NXTHDR(&header, control)) {
     if (control->cmsg_level != SOL_SOCKET || control->cmsg_type != SCM_RIGHTS) continue;
-    int fd = -1;
-    std::memcpy(&fd, CMSG_DATA(control), sizeof(fd));
-    return FileDescriptor(fd);
+    const std::size_t count = (control->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (std::size_t i = 0; i < count; ++i) {
+      int fd = -1;
+      std::memcpy(&fd, CMSG_DATA(control) + i * sizeof(fd), sizeof(fd));
+      FileDescriptor received(fd);
+      if (!first) first = std::move(received);
+    }
   }
-  return {};
+  return first;
 }
 
 }  // namespace

@@ -29,7 +29,8 @@ struct PeerCredentials {
 };
 PeerCredentials peerCredentials(int socket);
 
-/// Sends one message, with a descriptor unless `fd` is -1. False if there is no room now.
+/// Sends one message, with a descriptor unless `fd` is -1. False if there is no room now; true also
+/// if the peer is gone.
 bool sendMessage(int socket, std::span<const std::byte> message, int fd);
 
 struct ReceivedMessage {
