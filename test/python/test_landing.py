@@ -3,39 +3,16 @@
 
 from __future__ import annotations
 
-import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 
 import mscclpp_ep as ep
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from harness.threads import on_ranks
 
 HIDDEN = 7000  # 28 kB a row: a ring of a megabyte has 37
 EXPERTS, TOPK = 16, 3
-
-
-def on_ranks(ranks: int, body: Callable[[ep.Group], Any]) -> list[Any]:
-    results: list[Any] = [None] * ranks
-    errors: list[BaseException] = []
-
-    def run(group: ep.Group) -> None:
-        try:
-            results[group.rank] = body(group)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(group,)) for group in ep.Group.local(ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results
 
 
 def dispatch(buffer: ep.Buffer, x: np.ndarray, idx: np.ndarray, weights: np.ndarray) -> list[Any]:

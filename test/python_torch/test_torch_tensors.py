@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 import mscclpp_ep as ep
+from harness.threads import on_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,27 +16,14 @@ if TYPE_CHECKING:
 RANKS, EXPERTS, TOPK, HIDDEN = 3, 12, 4, 264
 
 
-def on_ranks(body: Callable[[ep.Buffer], Any], **options: Any) -> list[Any]:
-    """Runs `body` on ranks that are threads, and raises the first error."""
-    groups = ep.Group.local(RANKS)
-    results: list[Any] = [None] * RANKS
-    errors: list[BaseException] = []
+def on_buffers(body: Callable[[ep.Buffer], Any]) -> list[Any]:
+    """Runs `body` on ranks that are threads, each with a buffer."""
 
-    def run(rank: int) -> None:
-        try:
-            with ep.Buffer(groups[rank], timeout=30, **options) as buffer:
-                results[rank] = body(buffer)
-        except BaseException as error:
-            errors.append(error)
+    def run(group: ep.Group) -> Any:
+        with ep.Buffer(group, timeout=30) as buffer:
+            return body(buffer)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(RANKS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results
+    return on_ranks(RANKS, run)
 
 
 def route(buffer: ep.Buffer, tokens: int) -> dict[str, torch.Tensor]:
@@ -85,7 +72,7 @@ def test_round_trip(dtype: torch.dtype, requires_grad: bool) -> None:
         assert torch.equal(out, expected.to(dtype))
         assert torch.equal(weights, routing["topk_weights"])
 
-    on_ranks(body)
+    on_buffers(body)
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.int32, torch.float8_e8m0fnu])
@@ -111,7 +98,7 @@ def test_fp8_rows_with_column_major_scales(scale_dtype: torch.dtype) -> None:
         assert torch.equal(recv_scales[mine].view(as_bytes), expected)
         assert torch.equal(handle[3][mine].long(), own)
 
-    on_ranks(body)
+    on_buffers(body)
 
 
 def test_results_outlive_the_buffer() -> None:
@@ -121,7 +108,7 @@ def test_results_outlive_the_buffer() -> None:
         recv_x, *_ = buffer.dispatch(x, **routing)
         return recv_x, recv_x.clone()
 
-    for kept, copy in on_ranks(body):
+    for kept, copy in on_buffers(body):
         assert torch.equal(kept, copy)
 
 
@@ -136,4 +123,4 @@ def test_a_tensor_elsewhere_is_refused_on_every_rank() -> None:
         recv_x, *_ = buffer.dispatch(torch.ones(8, HIDDEN), **routing)
         assert torch.equal(recv_x, torch.ones_like(recv_x))
 
-    on_ranks(body)
+    on_buffers(body)
