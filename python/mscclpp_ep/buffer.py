@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from mscclpp_ep import _core
-from mscclpp_ep._core import Config, InvalidArgument, NotBuilt
-from mscclpp_ep._frameworks import Array, Framework, framework_of, resolve_dtype, shape_of, view
+from mscclpp_ep._arguments import (
+    check_cached,
+    check_call,
+    check_config,
+    check_given,
+    check_handle,
+    device_name,
+    integer,
+    not_built,
+    number,
+    unbuilt,
+    unpack_x,
+    view,
+)
+from mscclpp_ep._core import Config, InvalidArgument
+from mscclpp_ep._frameworks import Array, Framework, framework_of, resolve_dtype, shape_of
 from mscclpp_ep._tuning import COMBINE_CHUNKS, DISPATCH_CHUNKS
 from mscclpp_ep.event import EventHandle, EventOverlap
 from mscclpp_ep.group import as_group
@@ -20,23 +33,6 @@ if TYPE_CHECKING:
     from mscclpp_ep.group import GroupLike
 
 Operation = _core.Operation
-
-
-def _not_built(feature: str) -> NoReturn:
-    msg = f"{feature} is not in this version of mscclpp_ep"
-    raise NotBuilt(msg)
-
-
-def _unbuilt(name: str) -> Callable[..., NoReturn]:
-    """A method of DeepEP's that is not there yet: it can be found, and says so when called."""
-
-    def method(*args: object, **kwargs: object) -> NoReturn:
-        del args, kwargs
-        _not_built(name)
-
-    method.__name__ = name
-    method.__doc__ = "Not in this version: raises `NotBuilt`."
-    return method
 
 
 class Buffer:
@@ -125,20 +121,20 @@ class Buffer:
 
         def convert() -> dict[str, Any]:
             if low_latency_mode:
-                _not_built("low_latency_mode")
+                not_built("low_latency_mode")
             if enable_shrink:
-                _not_built("enable_shrink")
+                not_built("enable_shrink")
             ranks = [] if expert_map is None else list(expert_map)
             return {
-                "device": _device_name(device),
-                "arena_bytes": _integer("num_nvl_bytes", num_nvl_bytes),
-                "max_arena_bytes": _integer("max_arena_bytes", max_arena_bytes),
-                "timeout": _number("timeout", timeout),
-                "num_threads": _integer("num_threads", num_threads, bits=31),
-                "ranks_per_domain": _integer("ranks_per_domain", ranks_per_domain, bits=31),
-                "expert_map": [_integer("expert_map", rank, bits=31) for rank in ranks],
+                "device": device_name(device),
+                "arena_bytes": integer("num_nvl_bytes", num_nvl_bytes),
+                "max_arena_bytes": integer("max_arena_bytes", max_arena_bytes),
+                "timeout": number("timeout", timeout),
+                "num_threads": integer("num_threads", num_threads, bits=31),
+                "ranks_per_domain": integer("ranks_per_domain", ranks_per_domain, bits=31),
+                "expert_map": [integer("expert_map", rank, bits=31) for rank in ranks],
                 "integrity_check": bool(integrity_check),
-                "first_epoch": _integer("first_epoch", first_epoch),
+                "first_epoch": integer("first_epoch", first_epoch),
             }
 
         try:
@@ -212,12 +208,12 @@ class Buffer:
         Raises:
             InvalidArgument: An id is out of range, or the dtype or shape is wrong.
         """
-        _check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
-        _check_given("topk_idx", topk_idx, "[T, K]")
-        imported = _view("topk_idx", topk_idx)
+        check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
+        check_given("topk_idx", topk_idx, "[T, K]")
+        imported = view("topk_idx", topk_idx)
         framework = framework_of(topk_idx)
         per_rank, per_expert, in_rank = self._core.get_dispatch_layout(
-            imported, _integer("num_experts", num_experts)
+            imported, integer("num_experts", num_experts)
         )
         export = framework.export
         event = _finished(async_finish)
@@ -282,10 +278,10 @@ class Buffer:
         operation = Operation.dispatch if handle is None else Operation.cached_dispatch
 
         def convert() -> tuple[Framework, list[_core.View | None], int, int]:
-            _check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
-            _check_config(config)
-            rows, scales = _unpack_x(x)
-            _check_given("x", rows, "[T, H]")
+            check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
+            check_config(config)
+            rows, scales = unpack_x(x)
+            check_given("x", rows, "[T, H]")
             named = {
                 "x": rows,
                 "the scales of x": scales,
@@ -295,12 +291,12 @@ class Buffer:
                 "topk_idx": topk_idx,
                 "topk_weights": topk_weights,
             }
-            views = [_view(name, array) for name, array in named.items()]
-            alignment = _integer("expert_alignment", expert_alignment)
-            worst = _integer("num_worst_tokens", num_worst_tokens)
+            views = [view(name, array) for name, array in named.items()]
+            alignment = integer("expert_alignment", expert_alignment)
+            worst = integer("num_worst_tokens", num_worst_tokens)
             if handle is not None:
-                _check_handle(handle)
-                _check_cached(num_worst_tokens=worst, topk_idx=topk_idx, topk_weights=topk_weights)
+                check_handle(handle)
+                check_cached(num_worst_tokens=worst, topk_idx=topk_idx, topk_weights=topk_weights)
             return framework_of(rows), views, alignment, worst
 
         framework, views, alignment, worst = self._or_refuse(operation, convert)
@@ -392,13 +388,13 @@ class Buffer:
         """
 
         def convert() -> tuple[Framework, list[_core.View | None]]:
-            _check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
-            _check_config(config)
-            _check_handle(handle)
-            _check_given("x", x, "[N, H]")
+            check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
+            check_config(config)
+            check_handle(handle)
+            check_given("x", x, "[N, H]")
             bias0, bias1 = self._unpack_bias(bias)
             named = {"x": x, "topk_weights": topk_weights, "bias": bias0, "the second bias": bias1}
-            views = [_view(name, array) for name, array in named.items()]
+            views = [view(name, array) for name, array in named.items()]
             return framework_of(x), views
 
         framework, (x_view, weights_view, bias0_view, bias1_view) = self._or_refuse(
@@ -446,14 +442,14 @@ class Buffer:
             SystemError: There is not enough memory.
         """
         framework, kind = resolve_dtype(dtype)
-        extents = [_integer("an extent of shape", extent) for extent in shape]
+        extents = [integer("an extent of shape", extent) for extent in shape]
         tensor = self._core.empty(extents, kind, True)
         return framework.export(tensor, dtype)
 
     def record_stream(self, tensor: Array, stream: object) -> None:
         """Tells that a stream uses a tensor of this buffer. On the CPU there are no streams."""
         del tensor
-        _check_call(None, False, False, stream)
+        check_call(None, False, False, stream)
 
     def check(self) -> None:
         """Raises what was noticed since the last call without a call to raise it from.
@@ -548,18 +544,18 @@ class Buffer:
         Raises:
             NotBuilt: Always.
         """
-        _not_built("get_comm_stream (a buffer on the CPU has no streams)")
+        not_built("get_comm_stream (a buffer on the CPU has no streams)")
 
-    get_local_buffer_tensor = _unbuilt("get_local_buffer_tensor")
-    internode_dispatch = _unbuilt("internode_dispatch")
-    internode_combine = _unbuilt("internode_combine")
-    clean_low_latency_buffer = _unbuilt("clean_low_latency_buffer")
-    get_next_low_latency_combine_buffer = _unbuilt("get_next_low_latency_combine_buffer")
-    low_latency_dispatch = _unbuilt("low_latency_dispatch")
-    low_latency_combine = _unbuilt("low_latency_combine")
-    low_latency_update_mask_buffer = _unbuilt("low_latency_update_mask_buffer")
-    low_latency_query_mask_buffer = _unbuilt("low_latency_query_mask_buffer")
-    low_latency_clean_mask_buffer = _unbuilt("low_latency_clean_mask_buffer")
+    get_local_buffer_tensor = unbuilt("get_local_buffer_tensor")
+    internode_dispatch = unbuilt("internode_dispatch")
+    internode_combine = unbuilt("internode_combine")
+    clean_low_latency_buffer = unbuilt("clean_low_latency_buffer")
+    get_next_low_latency_combine_buffer = unbuilt("get_next_low_latency_combine_buffer")
+    low_latency_dispatch = unbuilt("low_latency_dispatch")
+    low_latency_combine = unbuilt("low_latency_combine")
+    low_latency_update_mask_buffer = unbuilt("low_latency_update_mask_buffer")
+    low_latency_query_mask_buffer = unbuilt("low_latency_query_mask_buffer")
+    low_latency_clean_mask_buffer = unbuilt("low_latency_clean_mask_buffer")
 
     # Helpers
 
@@ -583,96 +579,8 @@ class Buffer:
                 raise
 
 
-def _device_name(device: Any) -> str:
-    name = "cpu" if device is None else str(device)
-    if name in {"cpu", "cuda"} or name.startswith("cuda:"):
-        return name.split(":", maxsplit=1)[0]
-    msg = f'device is {device!r}; it must be "cpu", "cuda" or "cuda:N"'
-    raise InvalidArgument(msg)
-
-
-def _integer(name: str, value: Any, bits: int = 63) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        msg = f"{name} is {value!r}; it must be an integer"
-        raise InvalidArgument(msg) from error
-    if not -(2**bits) <= number < 2**bits:
-        msg = f"{name} is {number}; it must be between -2^{bits} and 2^{bits}"
-        raise InvalidArgument(msg)
-    return number
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        msg = f"{name} is {value!r}; it must be a number"
-        raise InvalidArgument(msg) from error
-
-
 def _finished(async_finish: bool) -> EventOverlap:
     return EventOverlap(EventHandle() if async_finish else None)
-
-
-def _check_call(
-    previous_event: EventOverlap | None,
-    async_finish: bool,
-    allocate_on_comm_stream: bool,
-    stream: object,
-) -> None:
-    if stream is not None:
-        msg = f"stream is {stream!r}; a buffer on the CPU takes None"
-        raise InvalidArgument(msg)
-    if allocate_on_comm_stream and not (async_finish and previous_event is not None):
-        msg = "allocate_on_comm_stream=True needs async_finish=True and a previous_event"
-        raise InvalidArgument(msg)
-
-
-def _check_config(config: object) -> None:
-    if config is not None and not isinstance(config, Config):
-        msg = f"config is a {type(config).__name__}; it must be a Config or None"
-        raise InvalidArgument(msg)
-
-
-def _unpack_x(x: Array | tuple[Array, Array]) -> tuple[Array, Array | None]:
-    if not isinstance(x, tuple):
-        return x, None
-    if len(x) != 2:
-        msg = f"x is a tuple of {len(x)}; it must be a tensor, or a pair of one and its scales"
-        raise InvalidArgument(msg)
-    return x
-
-
-def _check_given(name: str, array: object, shape: str) -> None:
-    if array is None:
-        msg = f"{name} is missing; it must be {shape}"
-        raise InvalidArgument(msg)
-
-
-def _check_handle(handle: object) -> None:
-    if not isinstance(handle, DispatchHandle) or not hasattr(handle, "core"):
-        msg = f"handle is a {type(handle).__name__}; it must be what dispatch returned"
-        raise InvalidArgument(msg)
-
-
-def _check_cached(num_worst_tokens: int, **routing: object) -> None:
-    given = [name for name, value in routing.items() if value is not None]
-    if num_worst_tokens != 0:
-        given.append("num_worst_tokens")
-    if given:
-        msg = f"{' and '.join(given)} must be left out when a handle is given"
-        raise InvalidArgument(msg)
-
-
-def _view(name: str, array: Array | None) -> Any:
-    if array is None:
-        return None
-    try:
-        return view(array)
-    except Exception as error:
-        msg = f"{name} cannot be used: {error}"
-        raise InvalidArgument(msg) from error
 
 
 def _tuned(chunks: dict[int, tuple[int, int, int, int]], num_ranks: int) -> Config:

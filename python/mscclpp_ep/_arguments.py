@@ -1,0 +1,132 @@
+"""Arguments of Python calls: what the C++ library cannot check, as it cannot be told it."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mscclpp_ep import _frameworks
+from mscclpp_ep._core import Config, InvalidArgument, NotBuilt
+from mscclpp_ep.handle import DispatchHandle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mscclpp_ep._frameworks import Array
+    from mscclpp_ep.event import EventOverlap
+
+
+def not_built(feature: str) -> NoReturn:
+    """Raises NotBuilt."""
+    msg = f"{feature} is not in this version of mscclpp_ep"
+    raise NotBuilt(msg)
+
+
+def unbuilt(name: str) -> Callable[..., NoReturn]:
+    """A method of DeepEP's that is not there yet: it can be found, and says so when called."""
+
+    def method(*args: object, **kwargs: object) -> NoReturn:
+        del args, kwargs
+        not_built(name)
+
+    method.__name__ = name
+    method.__doc__ = "Not in this version: raises `NotBuilt`."
+    return method
+
+
+def device_name(device: Any) -> str:
+    """The kind of a device: cpu or cuda."""
+    name = "cpu" if device is None else str(device)
+    if name in {"cpu", "cuda"} or name.startswith("cuda:"):
+        return name.split(":", maxsplit=1)[0]
+    msg = f'device is {device!r}; it must be "cpu", "cuda" or "cuda:N"'
+    raise InvalidArgument(msg)
+
+
+def integer(name: str, value: Any, bits: int = 63) -> int:
+    """An integer of the C++ library, of so many bits beside the sign."""
+    try:
+        result = operator.index(value)
+    except TypeError as error:
+        msg = f"{name} is {value!r}; it must be an integer"
+        raise InvalidArgument(msg) from error
+    if not -(2**bits) <= result < 2**bits:
+        msg = f"{name} is {result}; it must be between -2^{bits} and 2^{bits}"
+        raise InvalidArgument(msg)
+    return result
+
+
+def number(name: str, value: Any) -> float:
+    """A float."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        msg = f"{name} is {value!r}; it must be a number"
+        raise InvalidArgument(msg) from error
+
+
+def check_call(
+    previous_event: EventOverlap | None,
+    async_finish: bool,
+    allocate_on_comm_stream: bool,
+    stream: object,
+) -> None:
+    """What orders a call with other work."""
+    if stream is not None:
+        msg = f"stream is {stream!r}; a buffer on the CPU takes None"
+        raise InvalidArgument(msg)
+    if allocate_on_comm_stream and not (async_finish and previous_event is not None):
+        msg = "allocate_on_comm_stream=True needs async_finish=True and a previous_event"
+        raise InvalidArgument(msg)
+
+
+def check_config(config: object) -> None:
+    """A Config, which means nothing here."""
+    if config is not None and not isinstance(config, Config):
+        msg = f"config is a {type(config).__name__}; it must be a Config or None"
+        raise InvalidArgument(msg)
+
+
+def unpack_x(x: Array | tuple[Array, Array]) -> tuple[Array, Array | None]:
+    """The rows and their scales, if there are any."""
+    if not isinstance(x, tuple):
+        return x, None
+    if len(x) != 2:
+        msg = f"x is a tuple of {len(x)}; it must be a tensor, or a pair of one and its scales"
+        raise InvalidArgument(msg)
+    return x
+
+
+def check_given(name: str, array: object, shape: str) -> None:
+    """An argument without which there is no call."""
+    if array is None:
+        msg = f"{name} is missing; it must be {shape}"
+        raise InvalidArgument(msg)
+
+
+def check_handle(handle: object) -> None:
+    """A handle that dispatch made."""
+    if not isinstance(handle, DispatchHandle) or not hasattr(handle, "core"):
+        msg = f"handle is a {type(handle).__name__}; it must be what dispatch returned"
+        raise InvalidArgument(msg)
+
+
+def check_cached(num_worst_tokens: int, **routing: object) -> None:
+    """What must be left out when routing is repeated."""
+    given = [name for name, value in routing.items() if value is not None]
+    if num_worst_tokens != 0:
+        given.append("num_worst_tokens")
+    if given:
+        msg = f"{' and '.join(given)} must be left out when a handle is given"
+        raise InvalidArgument(msg)
+
+
+def view(name: str, array: Array | None) -> Any:
+    """Imports a tensor; errors name the argument."""
+    if array is None:
+        return None
+    try:
+        return _frameworks.view(array)
+    except Exception as error:
+        msg = f"{name} cannot be used: {error}"
+        raise InvalidArgument(msg) from error
