@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from array import array
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +124,6 @@ class TorchChannel:
         if not self._dist.is_available() or not self._dist.is_initialized():
             msg = "torch.distributed is not initialized; call init_process_group first"
             raise InvalidArgument(msg)
-        self._group = process_group
         try:
             self.rank = int(self._dist.get_rank(process_group))
             self.size = int(self._dist.get_world_size(process_group))
@@ -133,10 +133,27 @@ class TorchChannel:
         if self.rank < 0:
             msg = "this process is not in the torch.distributed group given; use one it belongs to"
             raise InvalidArgument(msg)
+        # A process group that outlives destroy_process_group may abort the process at its end, so
+        # torch alone keeps it.
+        self._reference = None if process_group is None else weakref.ref(process_group)
+
+    def _process_group(self) -> Any:
+        """Return the group given; None stands for torch's default one.
+
+        Raises:
+            InvalidArgument: it has been destroyed.
+        """
+        if self._reference is None:
+            return None
+        group = self._reference()
+        if group is None:
+            msg = "the torch.distributed group has been destroyed; make a new group"
+            raise InvalidArgument(msg)
+        return group
 
     def _device(self) -> Any:
         """Return the CPU if the group serves it (gloo, mpi), else the current device (nccl)."""
-        backends = str(self._dist.get_backend_config(self._group))
+        backends = str(self._dist.get_backend_config(self._process_group()))
         if "cpu:" in backends:
             return self._torch.device("cpu")
         kind = backends.partition(":")[0]
@@ -170,7 +187,7 @@ class TorchChannel:
 
     def _gather_tensor(self, tensor: Any) -> Sequence[Any]:
         rows = [self._torch.empty_like(tensor) for _ in range(self.size)]
-        self._dist.all_gather(rows, tensor, group=self._group)
+        self._dist.all_gather(rows, tensor, group=self._process_group())
         return rows
 
     def close(self) -> None:
