@@ -63,7 +63,7 @@ void RowWriter::copyRow(const Target& target, int column, std::int64_t token,
   if (source.rowBytes >= kStreamedRowBytes && !target.lands[column]) {
     kernels_.streamCopy(out, in, source.rowBytes);
   } else {
-    std::memcpy(out, in, source.rowBytes);
+    kernels_.copy(out, in, source.rowBytes);
   }
 }
 

@@ -13,8 +13,8 @@ namespace mscclpp_ep::cpu {
 namespace {
 
 constexpr std::int64_t kTokensPerPart = 16;
-// A rank whose rows land looks this often at what has come while it sends.
-constexpr std::int64_t kTokensPerLook = 16;
+// A rank whose rows land looks at least this often at what has come while it sends.
+constexpr std::int64_t kTokensPerLook = 64;
 
 template <typename T>
 std::shared_ptr<std::vector<T>> shared(std::vector<T> values) {
@@ -169,8 +169,8 @@ void RowMover::bindTarget(std::size_t rank, const DispatchPublish& publication) 
     const std::int64_t rows = target.lands[column] ? target.ringRows : target.capacity;
     target.columns[column] = context_.transport.peerMemory(
         target.rank, address.segment, address.offset, arrayBytes(rows, writer_.rowBytes(column)));
-    // While a quarter of a ring is written, the others are on their way out of it.
-    if (target.lands[column]) step_ = std::min(step_, std::max<std::int64_t>(rows / 4, 1));
+    // While one half of a ring is written, the other is on its way out of it.
+    if (target.lands[column]) step_ = std::min(step_, std::max<std::int64_t>(rows / 2, 1));
   }
 }
 

@@ -19,6 +19,10 @@ struct RowKernels {
   /// must stand between it and the signal that tells of the bytes.
   void (*streamCopy)(void* out, const void* in, std::size_t n);
 
+  /// Copies n bytes that another core reads soon. Unlike the C library's copy of a long row (one
+  /// `rep movsb`), it leaves the bytes in the cache of this core.
+  void (*copy)(void* out, const void* in, std::size_t n);
+
   /// out[j] = round(start + rows[0][j] + rows[1][j] + …), summed in float32 in that order and
   /// rounded once to nearest even; NaNs become 0x7FFF, or 0x7FFFFFFF in float32. `n` elements.
   /// `out` is none of the rows. `stream`: write with streaming stores.

@@ -134,6 +134,7 @@ struct SumLine {
 constinit const RowKernels kAvx2Kernels = {
     "avx2",
     &streamCopy<BytesLine>,
+    &cachedCopy<BytesLine>,
     {&sumRows<SumLine<Bfloat16Sums, 2, 2>>, &sumRows<SumLine<Float16Sums, 2, 2>>,
      &sumRows<SumLine<Float32Sums, 4, 4>>}};
 

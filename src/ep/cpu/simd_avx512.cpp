@@ -112,6 +112,7 @@ struct SumLine : Sums {
 constinit const RowKernels kAvx512Kernels = {
     "avx512",
     &streamCopy<BytesLine>,
+    &cachedCopy<BytesLine>,
     {&sumRows<SumLine<Bfloat16Sums>>, &sumRows<SumLine<Float16Sums>>,
      &sumRows<SumLine<Float32Sums>>}};
 

@@ -81,6 +81,22 @@ void streamCopy(void* out, const void* in, std::size_t n) {
   if (at != n) std::memcpy(to + at, from + at, n - at);
 }
 
+/// RowKernels::copy.
+template <class Line>
+void cachedCopy(void* out, const void* in, std::size_t n) {
+  constexpr std::size_t kLines = 8;
+  auto* to = static_cast<std::byte*>(out);
+  const auto* from = static_cast<const std::byte*>(in);
+  std::size_t at = bytesToLine<Line>(to, n);
+  if (at != 0) std::memcpy(to, from, at);
+  for (; n - at >= kLines * kLineBytes; at += kLines * kLineBytes) {
+    Line lines[kLines];
+    for (std::size_t i = 0; i < kLines; ++i) lines[i].load(from + at + i * kLineBytes);
+    for (std::size_t i = 0; i < kLines; ++i) lines[i].store(to + at + i * kLineBytes);
+  }
+  if (at != n) std::memcpy(to + at, from + at, n - at);
+}
+
 /// A row of sums in the making.
 struct SumJob {
   std::byte* out;

@@ -28,6 +28,10 @@ inline void streamLine(std::byte* out, const std::byte* line) {
 #endif
 }
 
+void plainCopy(void* out, const void* in, std::size_t n) {
+  if (n != 0) std::memcpy(out, in, n);
+}
+
 #if defined(__SSE2__)
 struct BytesLine {
   void load(const std::byte* in) { std::memcpy(bytes, in, kLineBytes); }
@@ -37,9 +41,6 @@ struct BytesLine {
 };
 constexpr auto* kStreamCopy = &streamCopy<BytesLine>;
 #else
-void plainCopy(void* out, const void* in, std::size_t n) {
-  if (n != 0) std::memcpy(out, in, n);
-}
 constexpr auto* kStreamCopy = &plainCopy;
 #endif
 
@@ -127,6 +128,7 @@ struct SumLine : Sums {
 constinit const RowKernels kPortableKernels = {
     "portable",
     kStreamCopy,
+    &plainCopy,
     {&sumRows<SumLine<Bfloat16Sums>>, &sumRows<SumLine<Sums<Float16>>>,
      &sumRows<SumLine<Sums<Float32>>>}};
 

@@ -194,14 +194,14 @@ std::string sumMismatch(const RowKernels& kernels, SumType type,
   return "";
 }
 
-std::string copyMismatch(const RowKernels& kernels, std::size_t n, std::size_t outOffset,
-                         std::size_t inOffset) {
+std::string copyMismatch(const RowKernels& kernels, bool stream, std::size_t n,
+                         std::size_t outOffset, std::size_t inOffset) {
   GuardedBytes out(n, outOffset);
   GuardedBytes in(n, inOffset);
   for (std::size_t i = 0; i < n; ++i) in.data()[i] = static_cast<std::byte>(i * 7 + i / 251);
-  kernels.streamCopy(out.data(), in.data(), n);
+  (stream ? kernels.streamCopy : kernels.copy)(out.data(), in.data(), n);
   streamFence();
-  const std::string what = std::string(kernels.name) + " n " + std::to_string(n) + " out offset " +
+  const std::string what = std::string(kernels.name) + (stream ? " streamed n " : " n ") + std::to_string(n) + " out offset " +
                            std::to_string(outOffset) + " in offset " + std::to_string(inOffset);
   if (!out.isGuardIntact()) return what + ": wrote outside of the row";
   if (n != 0 && std::memcmp(out.data(), in.data(), n) != 0) return what + ": other bytes";
@@ -364,14 +364,18 @@ TEST_CASE("the order of the additions is the order of the rows") {
 
 TEST_CASE("copies are right for every length and alignment") {
   for (const RowKernels* kernels : availableRowKernels()) {
-    for (std::size_t n = 0; n <= 1200; n += n < 300 ? 1 : 13) {
-      CHECK(copyMismatch(*kernels, n, n % 64, n * 5 % 64) == "");
-      CHECK(copyMismatch(*kernels, n, 0, 0) == "");
-    }
-    for (std::size_t offset = 0; offset < 64; ++offset) {
-      CHECK(copyMismatch(*kernels, 14336 + offset * 3, offset, (offset * 11 + 1) % 64) == "");
+    for (const bool stream : {false, true}) {
+      for (std::size_t n = 0; n <= 1200; n += n < 300 ? 1 : 13) {
+        CHECK(copyMismatch(*kernels, stream, n, n % 64, n * 5 % 64) == "");
+        CHECK(copyMismatch(*kernels, stream, n, 0, 0) == "");
+      }
+      for (std::size_t offset = 0; offset < 64; ++offset) {
+        const std::size_t other = (offset * 11 + 1) % 64;
+        CHECK(copyMismatch(*kernels, stream, 14336 + offset * 3, offset, other) == "");
+      }
     }
     kernels->streamCopy(nullptr, nullptr, 0);
+    kernels->copy(nullptr, nullptr, 0);
   }
 }
 
@@ -385,6 +389,7 @@ TEST_CASE("nothing outside of the rows is read") {
     for (std::size_t bytes : {0u, 4u, 60u, 64u, 68u, 260u, 4100u}) {
       const auto check = [&](std::byte* to, const std::byte* a, const std::byte* b) {
         kernels->streamCopy(to, a, bytes);
+        kernels->copy(to, b, bytes);
         const void* rows[] = {a, b};
         for (SumType type : kTypes) {
           const auto index = static_cast<std::size_t>(type);
