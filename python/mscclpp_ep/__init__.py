@@ -15,7 +15,7 @@ from mscclpp_ep._core import (
 from mscclpp_ep.buffer import Buffer
 from mscclpp_ep.event import EventHandle, EventOverlap
 from mscclpp_ep.group import Group, GroupLike, as_group
-from mscclpp_ep.handle import DispatchHandle
+from mscclpp_ep.handle import DispatchHandle, LowLatencyHandle
 
 __version__: str = build_info()["version"]
 
@@ -31,6 +31,7 @@ __all__ = [
     "Group",
     "GroupLike",
     "InvalidArgument",
+    "LowLatencyHandle",
     "NotBuilt",
     "PeerFailure",
     "SystemError",

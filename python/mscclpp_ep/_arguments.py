@@ -6,8 +6,8 @@ import operator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mscclpp_ep import _frameworks
-from mscclpp_ep._core import Config, InvalidArgument, NotBuilt
-from mscclpp_ep.handle import DispatchHandle
+from mscclpp_ep._core import Config, InvalidArgument, NotBuilt, Quantization
+from mscclpp_ep.handle import DispatchHandle, LowLatencyHandle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,6 +111,25 @@ def check_handle(handle: object) -> None:
         raise InvalidArgument(msg)
 
 
+def check_low_latency_handle(handle: object) -> None:
+    """A handle that low_latency_dispatch made."""
+    if not isinstance(handle, LowLatencyHandle):
+        msg = f"handle is a {type(handle).__name__}; it must be what low_latency_dispatch returned"
+        raise InvalidArgument(msg)
+
+
+def unpack_quantization(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Quantization:
+    """How rows are sent."""
+    if use_ue8m0 and not round_scale:
+        msg = "use_ue8m0=True needs round_scale=True: an exponent can only say a power of two"
+        raise InvalidArgument(msg)
+    if not use_fp8:
+        return Quantization.none
+    if use_ue8m0:
+        return Quantization.float8_ue8m0
+    return Quantization.float8_rounded if round_scale else Quantization.float8
+
+
 def check_cached(num_worst_tokens: int, **routing: object) -> None:
     """What must be left out when routing is repeated."""
     given = [name for name, value in routing.items() if value is not None]
@@ -119,6 +138,16 @@ def check_cached(num_worst_tokens: int, **routing: object) -> None:
     if given:
         msg = f"{' and '.join(given)} must be left out when a handle is given"
         raise InvalidArgument(msg)
+
+
+def writable_view(name: str, array: Array | None) -> Any:
+    """Imports a tensor that is written to."""
+    if array is None:
+        return None
+    if not _frameworks.is_writable(array):
+        msg = f"{name} cannot be written to; give a tensor that can, or none"
+        raise InvalidArgument(msg)
+    return view(name, array)
 
 
 def view(name: str, array: Array | None) -> Any:

@@ -83,6 +83,10 @@ class View:
 
     def __init__(self, array: DLPackCompatible, dtype: DataType | None = None) -> None: ...
 
+    @staticmethod
+    def of(tensor: Tensor) -> View:
+        """A view of memory of a buffer."""
+
     @property
     def dtype(self) -> DataType: ...
 
@@ -196,6 +200,10 @@ class Operation(enum.Enum):
 
     combine = 3
 
+    low_latency_dispatch = 4
+
+    low_latency_combine = 5
+
 class Buffer:
     """The C++ Buffer; mscclpp_ep.Buffer is the public one."""
 
@@ -247,3 +255,53 @@ class Buffer:
     def combine(self, x: View | None, handle: DispatchHandle, topk_weights: View | None, bias0: View | None, bias1: View | None, out: Tensor, out_weights: Tensor | None) -> None: ...
 
     def refuse(self, operation: Operation, why: str) -> None: ...
+
+    def low_latency_dispatch(self, x: View | None, topk_idx: View | None, topk_weights: View | None, max_tokens_per_rank: int, num_experts: int, quantization: Quantization, recv_stats: View | None, wait_stats: View | None) -> DispatchSent: ...
+
+    def low_latency_combine(self, x: View | None, topk_idx: View | None, topk_weights: View | None, handle: LowLatencyHandle, exact: bool, logfmt: bool, out: View | None, wait_stats: View | None) -> PendingReceive: ...
+
+    def receive(self, pending: PendingReceive) -> None: ...
+
+class Quantization(enum.Enum):
+    """How a low-latency dispatch sends rows."""
+
+    none = 0
+
+    float8 = 1
+
+    float8_rounded = 2
+
+    float8_ue8m0 = 3
+
+class LowLatencyHandle:
+    """What a low-latency dispatch leaves."""
+
+    @property
+    def epoch(self) -> int: ...
+
+class PendingReceive:
+    """An operation sent and not received."""
+
+    @property
+    def handle(self) -> LowLatencyHandle: ...
+
+class DispatchSent:
+    """A low-latency dispatch, and where it receives."""
+
+    @property
+    def pending(self) -> PendingReceive: ...
+
+    @property
+    def x(self) -> Tensor: ...
+
+    @property
+    def scales(self) -> Tensor: ...
+
+    @property
+    def recv_count(self) -> Tensor: ...
+
+    @property
+    def source_index(self) -> Tensor: ...
+
+    @property
+    def layout_range(self) -> Tensor: ...

@@ -40,6 +40,16 @@ class Framework:
         del dtype
         return self._namespace.from_dlpack(tensor.export("dlpack"))
 
+    def export_as(self, tensor: _core.Tensor, like: Array | None = None) -> Array:
+        """As `export`, by the tensor's own dtype; `like` is an array that may have the same."""
+        del like
+        return self.export(tensor)
+
+    def is_writable(self, array: Array) -> bool:
+        """Whether the library may write to an array of the caller's."""
+        del array
+        return False
+
 
 class _NumPy(Framework):
     name = "numpy"
@@ -60,6 +70,18 @@ class _NumPy(Framework):
         array = tensor.export("numpy")
         return array if dtype is None or array.dtype == dtype else array.view(dtype)
 
+    def export_as(self, tensor: _core.Tensor, like: Array | None = None) -> Array:
+        name = tensor.dtype.name
+        if like is not None and like.dtype.name == name:
+            return self.export(tensor, like.dtype)
+        if not hasattr(np, name):
+            # Of ml_dtypes, which registers its types with NumPy. The caller may not have it.
+            return self.export(tensor, np.dtype(getattr(_ml_dtypes(), name)))
+        return self.export(tensor)
+
+    def is_writable(self, array: Array) -> bool:
+        return bool(array.flags.writeable)
+
 
 class _Torch(Framework):
     name = "torch"
@@ -70,6 +92,16 @@ class _Torch(Framework):
     def export(self, tensor: _core.Tensor, dtype: Any = None) -> Array:
         del dtype
         return tensor.export("torch")
+
+    def is_writable(self, array: Array) -> bool:
+        return not array.requires_grad
+
+
+def _ml_dtypes() -> Any:
+    if "ml_dtypes" not in sys.modules:
+        msg = "NumPy has no bfloat16 and float8: install and import ml_dtypes"
+        raise _core.InvalidArgument(msg)
+    return sys.modules["ml_dtypes"]
 
 
 _NUMPY = _NumPy()
@@ -110,6 +142,15 @@ def view(array: Array) -> _core.View:
         InvalidArgument: It cannot be imported.
     """
     return framework_of(array).view(array)
+
+
+def is_writable(array: Array) -> bool:
+    """Whether the library may write to a tensor of the caller's.
+
+    Raises:
+        InvalidArgument: It is no tensor.
+    """
+    return framework_of(array).is_writable(array)
 
 
 def resolve_dtype(dtype: Any) -> tuple[Framework, _core.DataType]:

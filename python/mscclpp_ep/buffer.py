@@ -21,6 +21,7 @@ from mscclpp_ep._arguments import (
 )
 from mscclpp_ep._core import Config, InvalidArgument
 from mscclpp_ep._frameworks import Array, Framework, framework_of, resolve_dtype, shape_of
+from mscclpp_ep._low_latency import LowLatencyMethods
 from mscclpp_ep._tuning import COMBINE_CHUNKS, DISPATCH_CHUNKS
 from mscclpp_ep.event import EventHandle, EventOverlap
 from mscclpp_ep.group import as_group
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 Operation = _core.Operation
 
 
-class Buffer:
+class Buffer(LowLatencyMethods):
     """Dispatch and combine of the tokens of a mixture-of-experts layer over the ranks of a group.
 
     Below, T is the number of tokens of this rank, H of elements a token, K of choices a token,
@@ -85,7 +86,7 @@ class Buffer:
             num_nvl_bytes: Arena to begin with, in bytes. A hint on the CPU, where the arena starts
                 at 64 MiB at most and grows as results need it.
             num_rdma_bytes: Accepted; means nothing within one host.
-            low_latency_mode: Not built yet.
+            low_latency_mode: Accepted: every buffer has both modes.
             num_qps_per_rank: Accepted; means nothing here.
             allow_nvlink_for_low_latency_mode: Accepted; means nothing here.
             allow_mnnvl: Accepted; means nothing here.
@@ -120,8 +121,6 @@ class Buffer:
         bootstrap: GroupLike = as_group(self.group)
 
         def convert() -> dict[str, Any]:
-            if low_latency_mode:
-                not_built("low_latency_mode")
             if enable_shrink:
                 not_built("enable_shrink")
             ranks = [] if expert_map is None else list(expert_map)
@@ -549,10 +548,6 @@ class Buffer:
     get_local_buffer_tensor = unbuilt("get_local_buffer_tensor")
     internode_dispatch = unbuilt("internode_dispatch")
     internode_combine = unbuilt("internode_combine")
-    clean_low_latency_buffer = unbuilt("clean_low_latency_buffer")
-    get_next_low_latency_combine_buffer = unbuilt("get_next_low_latency_combine_buffer")
-    low_latency_dispatch = unbuilt("low_latency_dispatch")
-    low_latency_combine = unbuilt("low_latency_combine")
     low_latency_update_mask_buffer = unbuilt("low_latency_update_mask_buffer")
     low_latency_query_mask_buffer = unbuilt("low_latency_query_mask_buffer")
     low_latency_clean_mask_buffer = unbuilt("low_latency_clean_mask_buffer")

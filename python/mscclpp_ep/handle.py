@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -61,4 +61,45 @@ class DispatchHandle(tuple["Array", ...]):
         per_expert = np.array(core.num_recv_tokens_per_expert, np.int64)
         handle.num_recv_tokens_per_expert = small_array(framework, per_expert)
         handle.epoch = core.epoch
+        return handle
+
+
+class LowLatencyHandle(tuple["Any", ...]):
+    """The tuple that DeepEP's low-latency dispatch returns, with attributes of our own.
+
+    The items, where L is the number of local experts, R of ranks, M the most tokens of any rank:
+
+    0. `packed_recv_src_info`, int32 [L, R * M]: the token of its source rank that each row is.
+    1. `packed_recv_layout_range`, int64 [L, R]: of each source rank's rows the count in the low 32
+       bits, and the first row in the high ones.
+    2. M.
+    3. H.
+    4. E.
+
+    Attributes:
+        core: The handle of the C++ library.
+        framework: What the tensors belong to.
+        epoch: Number of the dispatch among low-latency operations, the same on every rank.
+    """
+
+    core: _core.LowLatencyHandle
+    framework: Framework
+    epoch: int
+
+    @classmethod
+    def wrap(
+        cls,
+        sent: _core.DispatchSent,
+        framework: Framework,
+        max_tokens: int,
+        hidden: int,
+        num_experts: int,
+    ) -> LowLatencyHandle:
+        """Makes the tuple of a handle of the C++ library."""
+        source = framework.export(sent.source_index)
+        ranges = framework.export(sent.layout_range)
+        handle = cls((source, ranges, max_tokens, hidden, num_experts))
+        handle.core = sent.pending.handle
+        handle.framework = framework
+        handle.epoch = handle.core.epoch
         return handle

@@ -35,11 +35,13 @@ nb::object exportTo(const Tensor& tensor, nb::dlpack::dtype dtype) {
   nb::capsule capsule(owner,
                       [](void* p) noexcept { delete static_cast<std::shared_ptr<void>*>(p); });
   std::size_t shape[kMaxDimensions] = {};
-  for (int i = 0; i < tensor.view.ndim; ++i) {
-    shape[i] = static_cast<std::size_t>(tensor.view.shape[static_cast<std::size_t>(i)]);
+  std::int64_t strides[kMaxDimensions] = {};
+  for (std::size_t i = 0; i < static_cast<std::size_t>(tensor.view.ndim); ++i) {
+    shape[i] = static_cast<std::size_t>(tensor.view.shape[i]);
+    strides[i] = tensor.view.strides[i];
   }
   nb::ndarray<Framework> array(tensor.view.data, static_cast<std::size_t>(tensor.view.ndim), shape,
-                               capsule, nullptr, dtype);
+                               capsule, strides, dtype);
   return nb::cast(array, nb::rv_policy::reference);
 }
 

@@ -5,12 +5,15 @@
 #include <nanobind/nanobind.h>
 
 #include "mscclpp_ep/bootstrap.hpp"
+#include "mscclpp_ep/buffer.hpp"
 
 namespace mscclpp_ep::python {
 
 void bindErrors(nanobind::module_& m);
 void bindTypes(nanobind::module_& m);
 void bindBuffer(nanobind::module_& m);
+/// Types of low-latency mode; its operations are added to `buffer`.
+void bindLowLatency(nanobind::module_& m, nanobind::class_<Buffer>& buffer);
 
 /// Asks a Python group (rank, size, all_gather, barrier) what a Bootstrap is asked.
 class PythonBootstrap final : public Bootstrap {

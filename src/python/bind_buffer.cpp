@@ -145,7 +145,9 @@ void bindBuffer(nb::module_& m) {
   nb::enum_<Operation>(m, "Operation", "The collective operations.")
       .value("dispatch", Operation::dispatch)
       .value("cached_dispatch", Operation::cachedDispatch)
-      .value("combine", Operation::combine);
+      .value("combine", Operation::combine)
+      .value("low_latency_dispatch", Operation::lowLatencyDispatch)
+      .value("low_latency_combine", Operation::lowLatencyCombine);
   nb::class_<Buffer> buffer(m, "Buffer", "The C++ Buffer; mscclpp_ep.Buffer is the public one.");
   buffer
       .def("__init__", &construct, nb::arg("group"), nb::arg("device"), nb::arg("arena_bytes"),
@@ -175,6 +177,7 @@ void bindBuffer(nb::module_& m) {
       .def("leave", &Buffer::leave)
       .def_prop_ro("destroyed", &Buffer::destroyed);
   bindOperations(buffer);
+  bindLowLatency(m, buffer);
 }
 
 }  // namespace mscclpp_ep::python

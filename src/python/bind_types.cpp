@@ -31,6 +31,9 @@ void bindTensors(nb::module_& m) {
             new (self) View(importArray(array, dtype));
           },
           nb::arg("array"), nb::arg("dtype").none() = nb::none())
+      .def_static(
+          "of", [](const Tensor& tensor) { return View{{}, tensor.view}; }, nb::arg("tensor"),
+          nb::keep_alive<0, 1>(), "A view of memory of a buffer.")
       .def_prop_ro("dtype", [](const View& view) { return view.view.dtype; })
       .def("__repr__", [](const View& view) { return toString(view.view); });
   nb::class_<Tensor>(m, "Tensor", "Memory of a buffer.")

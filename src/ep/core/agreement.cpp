@@ -34,6 +34,10 @@ constexpr Field kFields[] = {
     {"the dtype of the scales", [](const Signature& s) { return dtypeName(s.scaleDtype); }},
     {"the bytes of an element of topk_idx", [](const Signature& s) { return cat(s.indexBytes); }},
     {"whether topk_weights is given", [](const Signature& s) { return given(s.hasWeights != 0); }},
+    {"num_max_dispatch_tokens_per_rank (M)", [](const Signature& s) { return cat(s.maxTokens); }},
+    {"how rows are quantised", [](const Signature& s) { return cat("kind ", s.quantization); }},
+    {"exact", [](const Signature& s) { return cat(s.exact != 0); }},
+    {"use_logfmt", [](const Signature& s) { return cat(s.logfmt != 0); }},
     {"the epoch of the handle's dispatch", [](const Signature& s) { return cat(s.handleEpoch); }},
 };
 
@@ -60,6 +64,10 @@ const char* name(Operation operation) {
       return "cached dispatch";
     case Operation::combine:
       return "combine";
+    case Operation::lowLatencyDispatch:
+      return "low-latency dispatch";
+    case Operation::lowLatencyCombine:
+      return "low-latency combine";
   }
   return "an unknown operation";
 }

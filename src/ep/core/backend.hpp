@@ -13,6 +13,7 @@
 
 #include "core/handle_state.hpp"
 #include "core/layout.hpp"
+#include "core/low_latency_state.hpp"
 #include "core/packets.hpp"
 #include "mscclpp_ep/buffer.hpp"
 
@@ -53,6 +54,38 @@ struct PendingState {
   std::vector<std::int64_t> alignedPerExpert;
 };
 
+/// A low-latency dispatch whose arguments are sound.
+struct LowLatencyDispatchRequest {
+  Signature signature;
+  LowLatencyDispatchInputs inputs;
+  LowLatencyDispatchOptions options;
+  LowLatencyDispatchOutputs outputs;
+  CallOptions call;
+  std::shared_ptr<const ExpertPlacement> placement;
+};
+
+/// A low-latency combine whose arguments are sound.
+struct LowLatencyCombineRequest {
+  Signature signature;
+  LowLatencyCombineInputs inputs;
+  LowLatencyCombineOptions options;
+  LowLatencyCombineOutputs outputs;
+  CallOptions call;
+  std::shared_ptr<const LowLatencyState> handle;
+};
+
+/// A low-latency operation between its two phases. Backends derive theirs.
+struct ReceiveState {
+  ReceiveState() = default;
+  ReceiveState(const ReceiveState&) = delete;
+  ReceiveState& operator=(const ReceiveState&) = delete;
+  virtual ~ReceiveState() = default;
+
+  std::uint64_t bufferId = 0;
+  bool received = false;
+  std::shared_ptr<LowLatencyState> handle;  ///< of a dispatch
+};
+
 enum class MemoryKind { arena, local };
 
 class Backend {
@@ -69,6 +102,9 @@ class Backend {
   /// Ends a dispatch that has begun and cannot be finished.
   virtual void abandonDispatch(PendingState& pending, std::string_view why) = 0;
   virtual void combine(const CombineRequest& request) = 0;
+  virtual std::shared_ptr<ReceiveState> lowLatencyDispatch(LowLatencyDispatchRequest request) = 0;
+  virtual std::shared_ptr<ReceiveState> lowLatencyCombine(LowLatencyCombineRequest request) = 0;
+  virtual void receive(ReceiveState& state) = 0;
   virtual void refuse(Operation operation, std::string_view why) = 0;
 
   virtual Tensor allocate(std::size_t bytes, MemoryKind kind) = 0;

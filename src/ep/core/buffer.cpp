@@ -7,6 +7,7 @@
 #include "core/check.hpp"
 #include "core/memory_map.hpp"
 #include "core/validate.hpp"
+#include "core/validate_low_latency.hpp"
 #include "mscclpp_ep/version.hpp"
 
 namespace mscclpp_ep {
@@ -212,6 +213,39 @@ void Buffer::combine(const CombineInputs& inputs, const DispatchHandle& handle,
   });
   request.call = call;
   impl().backend().combine(request);
+}
+
+PendingReceive Buffer::lowLatencyDispatch(const LowLatencyDispatchInputs& inputs,
+                                          const LowLatencyDispatchOptions& options,
+                                          const LowLatencyDispatchOutputs& outputs,
+                                          const CallOptions& call) {
+  auto request = impl().checkedOrRefused(Operation::lowLatencyDispatch, [&] {
+    validateCall(impl().facts, call);
+    return validateLowLatencyDispatch(impl().facts, inputs, options, outputs);
+  });
+  request.call = call;
+  request.placement = impl().placement(options.numExperts);
+  return PendingReceive(impl().backend().lowLatencyDispatch(std::move(request)));
+}
+
+PendingReceive Buffer::lowLatencyCombine(const LowLatencyCombineInputs& inputs,
+                                         const LowLatencyHandle& handle,
+                                         const LowLatencyCombineOptions& options,
+                                         const LowLatencyCombineOutputs& outputs,
+                                         const CallOptions& call) {
+  auto request = impl().checkedOrRefused(Operation::lowLatencyCombine, [&] {
+    validateCall(impl().facts, call);
+    return validateLowLatencyCombine(impl().facts, inputs, handle, options, outputs);
+  });
+  request.call = call;
+  return PendingReceive(impl().backend().lowLatencyCombine(std::move(request)));
+}
+
+void Buffer::receive(const PendingReceive& pending) {
+  ReceiveState& state = *pending.state();
+  EP_EXPECTS(state.bufferId == impl().id, "the operation was sent by another buffer");
+  EP_EXPECTS(!state.received, "the operation has been received before; receive it once");
+  impl().backend().receive(state);
 }
 
 void Buffer::refuse(Operation operation, std::string_view why) {

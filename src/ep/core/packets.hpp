@@ -38,6 +38,11 @@ struct Signature {
   std::int64_t indexBytes = 0;
   std::int64_t numExperts = 0;
   std::uint64_t handleEpoch = 0;  ///< of the dispatch that a combine or cached dispatch refers to
+  std::int64_t maxTokens = 0;     ///< M, in low-latency mode
+  std::uint32_t quantization = 0;
+  std::uint32_t exact = 0;
+  std::uint32_t logfmt = 0;
+  std::uint32_t reserved = 0;
 };
 
 /// The arrays that a dispatch fills at the receiver, one element a row.
@@ -93,6 +98,27 @@ struct CombineEntry {
   ArrayAddress weights;
 };
 
+/// Round::entry of a low-latency dispatch: where the sender has put its tokens, for all to read.
+struct LowLatencyDispatchEntry {
+  Signature signature;
+  Status status;
+  std::int64_t numTokens = 0;
+  ArrayAddress rows;     ///< [T] rows as they are sent
+  ArrayAddress scales;   ///< [T, S]
+  ArrayAddress topkIdx;  ///< [T, K] int32, global ids
+  ArrayAddress weights;  ///< [T, K] float32
+};
+
+/// Round::entry of a low-latency combine.
+struct LowLatencyCombineEntry {
+  Signature signature;
+  Status status;
+  ArrayAddress weights;  ///< [T, K] float32 of the sender's tokens
+  ArrayAddress rows;     ///< for the receiver's tokens, readable once kRowsStaged is raised
+};
+
+static_assert(std::is_trivially_copyable_v<LowLatencyDispatchEntry>);
+static_assert(std::is_trivially_copyable_v<LowLatencyCombineEntry>);
 static_assert(std::is_trivially_copyable_v<DispatchEntry>);
 static_assert(std::is_trivially_copyable_v<DispatchPublish>);
 static_assert(std::is_trivially_copyable_v<CombineEntry>);

@@ -12,6 +12,7 @@
 #include "cpu/combine.hpp"
 #include "cpu/context.hpp"
 #include "cpu/dispatch.hpp"
+#include "cpu/low_latency.hpp"
 #include "cpu/rounds.hpp"
 #include "transport/memory_limit.hpp"
 #include "transport/shared_memory.hpp"
@@ -36,7 +37,10 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
                static_cast<std::size_t>(options.maxArenaBytes)),
         workers_(std::move(workers)),
         context_{*transport_, mailbox_, arena_, pool_, *workers_, rowKernels(), stats_, bufferId},
-        nextEpoch_(options.firstEpoch) {}
+        lanes_{{context_, Lane::lowLatency0, options.firstEpoch},
+               {context_, Lane::lowLatency1, options.firstEpoch}},
+        nextEpoch_(options.firstEpoch),
+        nextLowLatencyEpoch_(options.firstEpoch) {}
 
   void getDispatchLayout(const TensorView& topkIdx, const ExpertPlacement& placement,
                          const LayoutOutputs& outputs) override {
@@ -48,6 +52,15 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
   DispatchHandle finishDispatch(PendingState& pending, const DispatchOutputs& outputs) override;
   void abandonDispatch(PendingState& pending, std::string_view why) override;
   void combine(const CombineRequest& request) override;
+  std::shared_ptr<ReceiveState> lowLatencyDispatch(LowLatencyDispatchRequest request) override {
+    return sendLowLatency("low-latency dispatch", Operation::lowLatencyDispatch, std::move(request),
+                          sendLowLatencyDispatch);
+  }
+  std::shared_ptr<ReceiveState> lowLatencyCombine(LowLatencyCombineRequest request) override {
+    return sendLowLatency("low-latency combine", Operation::lowLatencyCombine, std::move(request),
+                          sendLowLatencyCombine);
+  }
+  void receive(ReceiveState& state) override;
   void refuse(Operation operation, std::string_view why) override;
 
   Tensor allocate(std::size_t bytes, MemoryKind kind) override;
@@ -68,6 +81,12 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
   auto run(const char* operation, const Step& step);
 
   void beginEpoch(const char* operation);
+  LowLatencyLane& nextLane() { return lanes_[nextLowLatencyEpoch_ % 2]; }
+  void beginLowLatencyEpoch(const char* operation);
+  void refuseLowLatency(LowLatencyLane& lane, Operation operation, std::string_view why);
+  template <typename Request, typename Send>
+  std::shared_ptr<ReceiveState> sendLowLatency(const char* name, Operation operation,
+                                               Request request, const Send& send);
   void refuseChild() const;
   void requireUsable() const;
   void reportDropped(const DispatchPlan& plan);
@@ -79,7 +98,9 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
   std::unique_ptr<Workers> workers_;
   BufferStats stats_;
   Context context_;
+  LowLatencyLane lanes_[2];
   std::uint64_t nextEpoch_;
+  std::uint64_t nextLowLatencyEpoch_;
   const pid_t process_ = ::getpid();
   bool begun_ = false;   ///< a dispatch is between its two calls
   std::string failure_;  ///< why the buffer can only be destroyed; empty if it can be used
@@ -200,7 +221,68 @@ void CpuBackend::combine(const CombineRequest& request) {
   });
 }
 
+void CpuBackend::beginLowLatencyEpoch(const char* operation) {
+  LowLatencyLane& lane = nextLane();
+  lane.context.epoch = nextLowLatencyEpoch_++;
+  transport_->beginOperation(operation, lane.context.epoch);
+}
+
+template <typename Request, typename Send>
+std::shared_ptr<ReceiveState> CpuBackend::sendLowLatency(const char* name, Operation operation,
+                                                         Request request, const Send& send) {
+  LowLatencyLane& lane = nextLane();
+  EP_EXPECTS(!lane.busy,
+             "two low-latency operations are sent and not received; call the hook of one first");
+  return run(name, [&]() -> std::shared_ptr<ReceiveState> {
+    beginLowLatencyEpoch(name);
+    lane.awaitReaders();
+    try {
+      std::shared_ptr<LowLatencyReceive> sent = send(lane, std::move(request));
+      lane.busy = true;
+      return sent;
+    } catch (const SystemError& error) {
+      // There was no memory to send from: nothing has been said yet.
+      refuseLowLatency(lane, operation, error.what());
+      throw OperationRefused{std::current_exception()};
+    } catch (const OperationRefused&) {
+      lane.raiseRead();
+      throw;
+    }
+  });
+}
+
+void CpuBackend::receive(ReceiveState& state) {
+  auto& pending = static_cast<LowLatencyReceive&>(state);
+  pending.received = true;
+  pending.lane.busy = false;
+  run(pending.name(), [&] {
+    transport_->beginOperation(pending.name(), pending.epoch);
+    try {
+      pending.receive();
+    } catch (const OperationRefused&) {
+      pending.lane.raiseRead();
+      throw;
+    }
+    // A rank that gave up may have let its memory be overwritten, also what was read already.
+    transport_->requireNobodyGaveUp();
+    pending.lane.raiseRead();
+  });
+}
+
+void CpuBackend::refuseLowLatency(LowLatencyLane& lane, Operation operation, std::string_view why) {
+  postRefusal(lane.context, operation, why);
+  lane.raiseRead();
+}
+
 void CpuBackend::refuse(Operation operation, std::string_view why) {
+  if (operation >= Operation::lowLatencyDispatch) {
+    EP_EXPECTS(!nextLane().busy, "two low-latency operations are sent and not received");
+    return run(name(operation), [&] {
+      LowLatencyLane& lane = nextLane();
+      beginLowLatencyEpoch(name(operation));
+      refuseLowLatency(lane, operation, why);
+    });
+  }
   EP_EXPECTS(!begun_, "a dispatch was begun and is not finished; finish it first");
   run(name(operation), [&] {
     beginEpoch(name(operation));

@@ -27,6 +27,7 @@ struct Context {
   BufferStats& stats;
   std::uint64_t bufferId = 0;
   std::uint64_t epoch = 0;  ///< of the current operation
+  Lane lane = Lane::highThroughput;
 
   int rank() const { return transport.rank(); }
   int size() const { return transport.size(); }
@@ -43,11 +44,17 @@ struct Context {
     const bool current = signalTag(signal) == static_cast<std::uint32_t>(epoch);
     return current ? std::int64_t{signalValue(signal)} - 1 : -1;
   }
+  /// Whether `peer` has raised a word at this rank in operation `past` or a later one.
+  bool hasRaisedSince(Progress which, int peer, std::uint64_t past) const {
+    const std::uint64_t signal = word(rank(), which, peer).load();
+    const auto ahead = signalTag(signal) - static_cast<std::uint32_t>(past);
+    return signalValue(signal) != 0 && static_cast<std::int32_t>(ahead) >= 0;
+  }
 
  private:
   SharedWord& word(int owner, Progress which, int writer) const {
     const ControlMap map(size());
-    return sharedWord(transport.control(owner), map.progress(Lane::highThroughput, which, writer));
+    return sharedWord(transport.control(owner), map.progress(lane, which, writer));
   }
 };
 

@@ -31,6 +31,11 @@ const std::vector<Message>& exchangeEntries(Context& context,
     }
   };
   const auto& entries = exchange();
+  requireEntries(context, entries);
+  return entries;
+}
+
+void requireEntries(const Context& context, const std::vector<Message>& entries) {
   std::vector<Status> statuses;
   std::vector<Signature> signatures;
   for (const Message& entry : entries) {
@@ -41,7 +46,6 @@ const std::vector<Message>& exchangeEntries(Context& context,
   const auto own = static_cast<std::size_t>(context.rank());
   requireAll(statuses, name(static_cast<Operation>(signatures[own].operation)));
   requireAgreement(signatures);
-  return entries;
 }
 
 void postRefusal(Context& context, Operation operation, std::string_view why) {

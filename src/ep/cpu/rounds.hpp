@@ -37,6 +37,10 @@ Record decode(const Message& message) {
 /// of all ranks. Throws OperationRefused unless every rank takes part in the same operation.
 const std::vector<Message>& exchangeEntries(Context& context, const std::vector<Message>& outgoing);
 
+/// Throws OperationRefused unless every rank takes part in the same operation, as these entries of
+/// all ranks say.
+void requireEntries(const Context& context, const std::vector<Message>& entries);
+
 /// Takes part in an operation by refusing it.
 void postRefusal(Context& context, Operation operation, std::string_view why);
 

@@ -11,6 +11,9 @@ namespace mscclpp_ep::cpu {
 /// Element types that sums are made of.
 enum class SumType { bfloat16 = 0, float16 = 1, float32 = 2 };
 
+/// Elements that share a scale when rows are quantised.
+inline constexpr std::size_t kGroupSize = 128;
+
 /// One set of the inner loops. Every set gives the same bits; they differ in speed only.
 struct RowKernels {
   std::string_view name;  ///< "portable", "avx2", "avx512"
@@ -28,6 +31,15 @@ struct RowKernels {
   /// `out` is none of the rows. `stream`: write with streaming stores.
   void (*sum[3])(void* out, const void* const* rows, std::size_t numRows, std::size_t n,
                  float start, bool stream);
+
+  /// out[j] = round(fma(rows[1][j], weights[1], fma(rows[0][j], weights[0], 0)) …): each step one
+  /// fused float32 operation, in that order, and the last result rounded as by `sum`.
+  void (*weightedSum[3])(void* out, const void* const* rows, const float* weights,
+                         std::size_t numRows, std::size_t n);
+
+  /// Rounds n bfloat16 elements to float8 e4m3, after a scale for each group of kGroupSize, of
+  /// which the inverse is stored: with `powersOfTwo` a power of two.
+  void (*quantize)(void* out, float* scales, const void* in, std::size_t n, bool powersOfTwo);
 };
 
 /// The fastest set that this processor can run, or the one named by MSCCLPP_EP_SIMD. Throws

@@ -52,6 +52,14 @@ struct Bfloat16Sums {
     odd = _mm256_add_ps(odd, _mm256_castsi256_ps(odds));
   }
 
+  void addScaled(const std::byte* row, float weight) {
+    const __m256i pairs = loadVector(row);
+    const __m256i odds = _mm256_and_si256(pairs, _mm256_set1_epi32(~0xFFFF));
+    const __m256 scale = _mm256_set1_ps(weight);
+    even = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), scale, even);
+    odd = _mm256_fmadd_ps(_mm256_castsi256_ps(odds), scale, odd);
+  }
+
   __m256i rounded() const {
     const __m256i evens = _mm256_srli_epi32(roundUpperHalves(even), 16);
     return _mm256_blend_epi16(evens, roundUpperHalves(odd), 0xAA);
@@ -82,6 +90,13 @@ struct Float16Sums {
     high = _mm256_add_ps(high, _mm256_cvtph_ps(_mm_loadu_si128(halves + 1)));
   }
 
+  void addScaled(const std::byte* row, float weight) {
+    const auto* halves = reinterpret_cast<const __m128i*>(row);
+    const __m256 scale = _mm256_set1_ps(weight);
+    low = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm_loadu_si128(halves)), scale, low);
+    high = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm_loadu_si128(halves + 1)), scale, high);
+  }
+
   /// The conversion keeps the upper bits of a NaN, which makes 0x7FFF of 0x7FFFFFFF.
   __m256i rounded() const {
     return _mm256_set_m128i(_mm256_cvtps_ph(canonical(high), _MM_FROUND_TO_NEAREST_INT),
@@ -98,6 +113,10 @@ struct Float32Sums {
 
   void add(const std::byte* row) {
     sums = _mm256_add_ps(sums, _mm256_castsi256_ps(loadVector(row)));
+  }
+
+  void addScaled(const std::byte* row, float weight) {
+    sums = _mm256_fmadd_ps(_mm256_castsi256_ps(loadVector(row)), _mm256_set1_ps(weight), sums);
   }
 
   __m256i rounded() const { return _mm256_castps_si256(canonical(sums)); }
@@ -121,6 +140,11 @@ struct SumLine {
     high.add(row + sizeof(__m256i));
   }
 
+  void addScaled(const std::byte* row, float weight) {
+    low.addScaled(row, weight);
+    high.addScaled(row + sizeof(__m256i), weight);
+  }
+
   void store(std::byte* out) const { rounded().store(out); }
   void stream(std::byte* out) const { rounded().stream(out); }
   BytesLine rounded() const { return {low.rounded(), high.rounded()}; }
@@ -136,6 +160,9 @@ constinit const RowKernels kAvx2Kernels = {
     &streamCopy<BytesLine>,
     &cachedCopy<BytesLine>,
     {&sumRows<SumLine<Bfloat16Sums, 2, 2>>, &sumRows<SumLine<Float16Sums, 2, 2>>,
-     &sumRows<SumLine<Float32Sums, 4, 4>>}};
+     &sumRows<SumLine<Float32Sums, 4, 4>>},
+    {&weightedSumRows<SumLine<Bfloat16Sums, 2, 2>>, &weightedSumRows<SumLine<Float16Sums, 2, 2>>,
+     &weightedSumRows<SumLine<Float32Sums, 4, 4>>},
+    &quantizeRow<BytesLine>};
 
 }  // namespace mscclpp_ep::cpu

@@ -46,6 +46,14 @@ struct Bfloat16Sums {
     odd = _mm512_add_ps(odd, _mm512_castsi512_ps(odds));
   }
 
+  void addScaled(const std::byte* row, float weight) {
+    const __m512i pairs = _mm512_loadu_si512(row);
+    const __m512i odds = _mm512_and_si512(pairs, _mm512_set1_epi32(~0xFFFF));
+    const __m512 scale = _mm512_set1_ps(weight);
+    even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), scale, even);
+    odd = _mm512_fmadd_ps(_mm512_castsi512_ps(odds), scale, odd);
+  }
+
   BytesLine rounded() const {
     const __m512i evens = _mm512_srli_epi32(roundUpperHalves(even), 16);
     return {_mm512_mask_mov_epi16(evens, 0xAAAAAAAA, roundUpperHalves(odd))};
@@ -77,6 +85,13 @@ struct Float16Sums {
     high = _mm512_add_ps(high, _mm512_cvtph_ps(_mm256_loadu_si256(halves + 1)));
   }
 
+  void addScaled(const std::byte* row, float weight) {
+    const auto* halves = reinterpret_cast<const __m256i*>(row);
+    const __m512 scale = _mm512_set1_ps(weight);
+    low = _mm512_fmadd_ps(_mm512_cvtph_ps(_mm256_loadu_si256(halves)), scale, low);
+    high = _mm512_fmadd_ps(_mm512_cvtph_ps(_mm256_loadu_si256(halves + 1)), scale, high);
+  }
+
   /// The conversion keeps the upper bits of a NaN, which makes 0x7FFF of 0x7FFFFFFF.
   BytesLine rounded() const {
     const __m256i lows = _mm512_cvtps_ph(canonical(low), _MM_FROUND_TO_NEAREST_INT);
@@ -94,6 +109,9 @@ struct Float32Sums {
 
   void fill(float start) { sums = _mm512_set1_ps(start); }
   void add(const std::byte* row) { sums = _mm512_add_ps(sums, _mm512_loadu_ps(row)); }
+  void addScaled(const std::byte* row, float weight) {
+    sums = _mm512_fmadd_ps(_mm512_loadu_ps(row), _mm512_set1_ps(weight), sums);
+  }
   BytesLine rounded() const { return {_mm512_castps_si512(canonical(sums))}; }
 
   __m512 sums;
@@ -114,6 +132,9 @@ constinit const RowKernels kAvx512Kernels = {
     &streamCopy<BytesLine>,
     &cachedCopy<BytesLine>,
     {&sumRows<SumLine<Bfloat16Sums>>, &sumRows<SumLine<Float16Sums>>,
-     &sumRows<SumLine<Float32Sums>>}};
+     &sumRows<SumLine<Float32Sums>>},
+    {&weightedSumRows<SumLine<Bfloat16Sums>>, &weightedSumRows<SumLine<Float16Sums>>,
+     &weightedSumRows<SumLine<Float32Sums>>},
+    &quantizeRow<BytesLine>};
 
 }  // namespace mscclpp_ep::cpu

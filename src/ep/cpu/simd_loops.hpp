@@ -101,27 +101,37 @@ void cachedCopy(void* out, const void* in, std::size_t n) {
 struct SumJob {
   std::byte* out;
   const void* const* rows;
+  const float* weights;  ///< one a row, if the sums are weighted
   std::size_t numRows;
   std::size_t bytes;
   float start;
 };
 
+template <class Line, bool kWeighted>
+inline void addRow(Line& sum, const std::byte* elements, const SumJob& job, std::size_t row) {
+  if constexpr (kWeighted) {
+    sum.addScaled(elements, job.weights[row]);
+  } else {
+    sum.add(elements);
+  }
+}
+
 /// Sums `bytes` bytes at `at`, fewer than a line.
-template <class Line>
+template <class Line, bool kWeighted>
 void sumPartOfLine(const SumJob& job, std::size_t at, std::size_t bytes) {
   alignas(kLineBytes) std::byte line[kLineBytes] = {};
   Line sum;
   sum.fill(job.start);
   for (std::size_t r = 0; r < job.numRows; ++r) {
     std::memcpy(line, static_cast<const std::byte*>(job.rows[r]) + at, bytes);
-    sum.add(line);
+    addRow<Line, kWeighted>(sum, line, job, r);
   }
   sum.store(line);
   std::memcpy(job.out + at, line, bytes);
 }
 
 /// Sums `kLines` whole lines at `at`: enough at a time to hide the latency of the additions.
-template <class Line, std::size_t kLines, bool kStream>
+template <class Line, std::size_t kLines, bool kStream, bool kWeighted>
 inline void sumLines(const SumJob& job, std::size_t at) {
   Line sums[kLines];
   for (std::size_t i = 0; i < kLines; ++i) sums[i].fill(job.start);
@@ -132,7 +142,9 @@ inline void sumLines(const SumJob& job, std::size_t at) {
         __builtin_prefetch(row + kPrefetchBytes + i * kLineBytes);
       }
     }
-    for (std::size_t i = 0; i < kLines; ++i) sums[i].add(row + i * kLineBytes);
+    for (std::size_t i = 0; i < kLines; ++i) {
+      addRow<Line, kWeighted>(sums[i], row + i * kLineBytes, job, r);
+    }
   }
   for (std::size_t i = 0; i < kLines; ++i) {
     std::byte* out = job.out + at + i * kLineBytes;
@@ -144,29 +156,112 @@ inline void sumLines(const SumJob& job, std::size_t at) {
   }
 }
 
-template <class Line, bool kStream>
+template <class Line, bool kStream, bool kWeighted>
 void sumBytes(const SumJob& job, std::size_t bytes) {
   constexpr std::size_t kLines = Line::kLinesAtOnce;
   std::size_t at = kStream ? bytesToLine<Line>(job.out, bytes) : 0;
-  if (at != 0) sumPartOfLine<Line>(job, 0, at);
+  if (at != 0) sumPartOfLine<Line, kWeighted>(job, 0, at);
   for (; bytes - at >= kLines * kLineBytes; at += kLines * kLineBytes) {
-    sumLines<Line, kLines, kStream>(job, at);
+    sumLines<Line, kLines, kStream, kWeighted>(job, at);
   }
-  for (; bytes - at >= kLineBytes; at += kLineBytes) sumLines<Line, 1, kStream>(job, at);
-  if (at != bytes) sumPartOfLine<Line>(job, at, bytes - at);
+  for (; bytes - at >= kLineBytes; at += kLineBytes) {
+    sumLines<Line, 1, kStream, kWeighted>(job, at);
+  }
+  if (at != bytes) sumPartOfLine<Line, kWeighted>(job, at, bytes - at);
 }
 
 /// RowKernels::sum. `Line` holds the float32 sums of a line of `out`, of which there are
-/// Line::kElements: fill(float), add(address), and store(address) and stream(address), which round.
+/// Line::kElements: fill(float), add(address), addScaled(address, weight), and store(address) and
+/// stream(address), which round.
 template <class Line>
 void sumRows(void* out, const void* const* rows, std::size_t numRows, std::size_t n, float start,
              bool stream) {
   const std::size_t bytes = n * (kLineBytes / Line::kElements);
-  const SumJob job{static_cast<std::byte*>(out), rows, numRows, bytes, start};
+  const SumJob job{static_cast<std::byte*>(out), rows, nullptr, numRows, bytes, start};
   if (stream && kStreamingStores) {
-    sumBytes<Line, true>(job, bytes);
+    sumBytes<Line, true, false>(job, bytes);
   } else {
-    sumBytes<Line, false>(job, bytes);
+    sumBytes<Line, false, false>(job, bytes);
+  }
+}
+
+/// RowKernels::weightedSum.
+template <class Line>
+void weightedSumRows(void* out, const void* const* rows, const float* weights, std::size_t numRows,
+                     std::size_t n) {
+  const std::size_t bytes = n * (kLineBytes / Line::kElements);
+  const SumJob job{static_cast<std::byte*>(out), rows, weights, numRows, bytes, 0.0F};
+  sumBytes<Line, false, true>(job, bytes);
+}
+
+/// Bits chosen by masks: compilers make vectors of it.
+template <class Tag>
+inline std::uint32_t chooseBits(bool condition, std::uint32_t yes, std::uint32_t no) {
+  const std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
+  return (yes & mask) | (no & ~mask);
+}
+
+/// Rounds to the nearest even float8 e4m3; what is too large becomes the largest, 448.
+template <class Tag>
+inline std::uint8_t float8FromFloat(float value) {
+  constexpr std::uint32_t kLeastNormal = (127u - 6u) << 23;  // 2^-6
+  const auto bits = __builtin_bit_cast(std::uint32_t, value);
+  const std::uint32_t sign = bits >> 24 & 0x80u;
+  const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
+  // The exponent's bias is 7 there and 127 here. A carry out of the mantissa rightly raises it.
+  const std::uint32_t rebased = magnitude - ((127u - 7u) << 23);
+  const std::uint32_t normal = (rebased + 0x7FFFFu + (rebased >> 20 & 1u)) >> 20;
+  // A denormal counts units of 2^-9, which is the last place of 2^14 in float32.
+  const float shifted = __builtin_bit_cast(float, magnitude) + 0x1p14f;
+  const std::uint32_t denormal = __builtin_bit_cast(std::uint32_t, shifted) & 0xFu;
+  const std::uint32_t rounded = chooseBits<Tag>(magnitude < kLeastNormal, denormal, normal);
+  const std::uint32_t finite = chooseBits<Tag>(rounded > 0x7Eu, 0x7Eu, rounded) | sign;
+  return static_cast<std::uint8_t>(chooseBits<Tag>(magnitude > 0x7F800000u, 0x7Fu, finite));
+}
+
+/// The scale of a group of which `amax` is the largest magnitude, and its inverse, which is kept.
+struct GroupScale {
+  float scale;
+  float inverse;
+};
+
+/// As DeepEP: 448 / amax, or the power of two that is the next at or below.
+template <class Tag>
+inline GroupScale groupScale(float amax, bool powersOfTwo) {
+  const float inverse = amax * (1.0F / 448.0F);
+  if (!powersOfTwo) return {448.0F / amax, inverse};
+  const auto bits = __builtin_bit_cast(std::uint32_t, inverse);
+  const std::uint32_t exponent = (bits >> 23) + ((bits & 0x7FFFFFu) != 0 ? 1u : 0u);
+  // An infinite amax has no scale: it leaves zeros, and NaN where it stood.
+  const std::uint32_t scale = exponent >= 254u ? 0u : (254u - exponent) << 23;
+  return {__builtin_bit_cast(float, scale), __builtin_bit_cast(float, exponent << 23)};
+}
+
+/// RowKernels::quantize.
+template <class Tag>
+void quantizeRow(void* out, float* scales, const void* in, std::size_t n, bool powersOfTwo) {
+  auto* to = static_cast<std::uint8_t*>(out);
+  const auto* from = static_cast<const std::byte*>(in);
+  for (std::size_t at = 0; at < n; at += kGroupSize, ++scales) {
+    const std::size_t count = n - at < kGroupSize ? n - at : kGroupSize;
+    std::uint16_t elements[kGroupSize] = {};
+    std::memcpy(elements, from + at * 2, count * 2);
+    // Magnitudes of floats are in the order of their bits; NaNs do not count, as in fmaxf.
+    std::uint16_t most = 0;
+    for (std::size_t i = 0; i < kGroupSize; ++i) {
+      const std::uint16_t magnitude = elements[i] & 0x7FFFu;
+      const std::uint16_t counted = magnitude > 0x7F80u ? std::uint16_t{0} : magnitude;
+      most = counted > most ? counted : most;
+    }
+    const float largest = __builtin_bit_cast(float, std::uint32_t{most} << 16);
+    const GroupScale scale = groupScale<Tag>(largest > 1e-4F ? largest : 1e-4F, powersOfTwo);
+    *scales = scale.inverse;
+    std::uint8_t quantized[kGroupSize];
+    for (std::size_t i = 0; i < kGroupSize; ++i) {
+      const float value = __builtin_bit_cast(float, std::uint32_t{elements[i]} << 16);
+      quantized[i] = float8FromFloat<Tag>(value * scale.scale);
+    }
+    std::memcpy(to + at, quantized, count);
   }
 }
 

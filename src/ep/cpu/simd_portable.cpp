@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include <bit>
 #include <cfloat>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -27,6 +28,8 @@ inline void streamLine(std::byte* out, const std::byte* line) {
   std::memcpy(out, line, kLineBytes);
 #endif
 }
+
+struct BytesTag {};
 
 void plainCopy(void* out, const void* in, std::size_t n) {
   if (n != 0) std::memcpy(out, in, n);
@@ -73,6 +76,14 @@ struct Sums {
     for (std::size_t i = 0; i < kElements; ++i) sums[i] += Element::load(elements[i]);
   }
 
+  void addScaled(const std::byte* row, float weight) {
+    Bits elements[kElements];
+    std::memcpy(elements, row, kLineBytes);
+    for (std::size_t i = 0; i < kElements; ++i) {
+      sums[i] = std::fma(Element::load(elements[i]), weight, sums[i]);
+    }
+  }
+
   void store(std::byte* out) const {
     Bits elements[kElements];
     for (std::size_t i = 0; i < kElements; ++i) elements[i] = Element::round(sums[i]);
@@ -97,6 +108,15 @@ struct Bfloat16Sums {
     std::memcpy(words, row, kLineBytes);
     for (std::size_t i = 0; i < kWords; ++i) lower[i] += std::bit_cast<float>(words[i] << 16);
     for (std::size_t i = 0; i < kWords; ++i) upper[i] += std::bit_cast<float>(words[i] & ~0xFFFFu);
+  }
+
+  void addScaled(const std::byte* row, float weight) {
+    std::uint32_t words[kWords];
+    std::memcpy(words, row, kLineBytes);
+    for (std::size_t i = 0; i < kWords; ++i) {
+      lower[i] = std::fma(std::bit_cast<float>(words[i] << 16), weight, lower[i]);
+      upper[i] = std::fma(std::bit_cast<float>(words[i] & ~0xFFFFu), weight, upper[i]);
+    }
   }
 
   void store(std::byte* out) const {
@@ -130,6 +150,9 @@ constinit const RowKernels kPortableKernels = {
     kStreamCopy,
     &plainCopy,
     {&sumRows<SumLine<Bfloat16Sums>>, &sumRows<SumLine<Sums<Float16>>>,
-     &sumRows<SumLine<Sums<Float32>>>}};
+     &sumRows<SumLine<Sums<Float32>>>},
+    {&weightedSumRows<SumLine<Bfloat16Sums>>, &weightedSumRows<SumLine<Sums<Float16>>>,
+     &weightedSumRows<SumLine<Sums<Float32>>>},
+    &quantizeRow<BytesTag>};
 
 }  // namespace mscclpp_ep::cpu

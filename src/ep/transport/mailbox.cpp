@@ -53,6 +53,25 @@ const std::vector<Message>& Mailbox::exchange(std::uint64_t epoch, std::uint32_t
   return incoming_;
 }
 
+const std::vector<Message>& Mailbox::collect(std::uint64_t epoch, std::uint32_t round,
+                                             const char* what,
+                                             const std::function<void(int)>& arrival) {
+  const Key key{epoch, round};
+  const auto done = [&] {
+    bool all = true;
+    for (int r = 0; r < transport_.size(); ++r) {
+      Peer& peer = peers_[static_cast<std::size_t>(r)];
+      if (peer.complete) continue;
+      takeSome(r, key, false);
+      all = all && peer.complete;
+      if (peer.complete && arrival) arrival(r);
+    }
+    return all;
+  };
+  transport_.wait(done, [&] { return unfinished(what); });
+  return incoming_;
+}
+
 const Message* Mailbox::received(int rank) const {
   const auto index = static_cast<std::size_t>(rank);
   return peers_[index].complete ? &incoming_[index] : nullptr;

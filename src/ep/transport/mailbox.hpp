@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -26,7 +27,14 @@ class Mailbox {
   const std::vector<Message>& exchange(std::uint64_t epoch, std::uint32_t round,
                                        const std::vector<Message>& outgoing, const char* what);
 
-  /// After exchange() has thrown: the message of this rank that had come whole, or null.
+  /// Waits for the messages that answer those post()ed last, and returns those of all ranks.
+  /// `arrival`, if given, is called with each rank as its message is found. Valid until the next
+  /// call.
+  const std::vector<Message>& collect(std::uint64_t epoch, std::uint32_t round, const char* what,
+                                      const std::function<void(int)>& arrival = {});
+
+  /// After exchange() or collect() has thrown: the message of this rank that had come whole, or
+  /// null.
   const Message* received(int rank) const;
 
   /// Posts without waiting for anybody's answer. Waits only if a peer has not taken the last

@@ -11,13 +11,20 @@
 #include "mscclpp_ep/bootstrap.hpp"
 #include "mscclpp_ep/export.hpp"
 #include "mscclpp_ep/handle.hpp"
+#include "mscclpp_ep/low_latency.hpp"
 #include "mscclpp_ep/options.hpp"
 #include "mscclpp_ep/tensor.hpp"
 
 namespace mscclpp_ep {
 
 /// The collective operations; each call of one takes the next epoch on every rank.
-enum class Operation : std::uint32_t { dispatch = 1, cachedDispatch = 2, combine = 3 };
+enum class Operation : std::uint32_t {
+  dispatch = 1,
+  cachedDispatch = 2,
+  combine = 3,
+  lowLatencyDispatch = 4,
+  lowLatencyCombine = 5,
+};
 
 /// Where the memory of a buffer is.
 struct BufferStats {
@@ -75,6 +82,21 @@ class MSCCLPP_EP_API Buffer {
   /// then ranks in ascending order, rounded once. Outputs overlap no input.
   void combine(const CombineInputs& inputs, const DispatchHandle& handle,
                const CombineOutputs& outputs, const CallOptions& call = {});
+
+  /// Sends tokens to the ranks of their experts, in low-latency mode. At most two low-latency
+  /// operations may be sent and not yet received; receive() completes one.
+  PendingReceive lowLatencyDispatch(const LowLatencyDispatchInputs& inputs,
+                                    const LowLatencyDispatchOptions& options,
+                                    const LowLatencyDispatchOutputs& outputs,
+                                    const CallOptions& call = {});
+  /// Sends the rows of `handle`'s dispatch back, to be summed by their weights on receive().
+  PendingReceive lowLatencyCombine(const LowLatencyCombineInputs& inputs,
+                                   const LowLatencyHandle& handle,
+                                   const LowLatencyCombineOptions& options,
+                                   const LowLatencyCombineOutputs& outputs,
+                                   const CallOptions& call = {});
+  /// Fills the outputs. Once only.
+  void receive(const PendingReceive& pending);
 
   /// Takes part in the next collective operation by refusing it: for callers that find their own
   /// arguments wrong before they can call the operation. The other ranks throw PeerFailure.

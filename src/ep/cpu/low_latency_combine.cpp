@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <cstring>
+
+#include "core/numeric.hpp"
+#include "cpu/low_latency.hpp"
+#include "cpu/rounds.hpp"
+
+namespace mscclpp_ep::cpu {
+
+namespace {
+
+constexpr std::int64_t kTokensPerPart = 8;
+
+SumType sumType(DataType dtype) {
+  switch (dtype) {
+    case DataType::bfloat16:
+      return SumType::bfloat16;
+    case DataType::float16:
+      return SumType::float16;
+    default:
+      return SumType::float32;
+  }
+}
+
+/// How many rows the choices of a rank's tokens make: one more than the highest ordinal.
+std::int64_t numOrdinals(const std::vector<std::int32_t>& ordinals) {
+  return ordinals.empty() ? 0 : *std::max_element(ordinals.begin(), ordinals.end()) + 1;
+}
+
+/// One combine, on one rank: at once the sender of what its experts made of others' tokens, and
+/// the receiver of what others' experts made of its own.
+class CombineReceive final : public LowLatencyReceive {
+ public:
+  CombineReceive(LowLatencyLane& of, LowLatencyCombineRequest request)
+      : LowLatencyReceive(of),
+        request_(std::move(request)),
+        state_(*request_.handle),
+        context_(of.context),
+        topk_(static_cast<std::size_t>(state_.topk)),
+        hidden_(static_cast<std::size_t>(request_.signature.hidden)),
+        rowBytes_(hidden_ * itemSize(request_.inputs.x.dtype)),
+        type_(static_cast<std::size_t>(sumType(request_.inputs.x.dtype))) {
+    bufferId = context_.bufferId;
+  }
+
+  const char* name() const override { return "low-latency combine"; }
+  void send();
+  void receive() override;
+
+ private:
+  void reserve();
+  void post();
+  const std::vector<Message>& collect();
+  void bindWeights(const std::vector<Message>& entries);
+  void stageRows();
+  void stageToken(std::size_t source, std::int64_t token) const;
+  void stagePartialSum(const std::int32_t* slots, const float* weights, std::byte* out) const;
+  void bindRows(const std::vector<Message>& entries);
+  void awaitRows();
+  void sumToken(std::int64_t token, std::vector<const void*>& rows,
+                std::vector<float>& weights) const;
+
+  std::size_t numRanks() const { return static_cast<std::size_t>(context_.size()); }
+  std::size_t self() const { return static_cast<std::size_t>(context_.rank()); }
+  const std::byte* slot(std::int32_t index) const {
+    return static_cast<const std::byte*>(request_.inputs.x.data) +
+           static_cast<std::size_t>(index) * rowBytes_;
+  }
+  const float* ownWeights() const {
+    return static_cast<const float*>(request_.inputs.topkWeights.data);
+  }
+
+  const LowLatencyCombineRequest request_;
+  const LowLatencyState& state_;
+  Context& context_;
+  const std::size_t topk_;
+  const std::size_t hidden_;
+  const std::size_t rowBytes_;
+  const std::size_t type_;
+
+  // As a sender, by the rank whose tokens they are.
+  std::vector<std::vector<std::int32_t>> sendOrdinals_;  ///< [T, K]
+  std::vector<std::size_t> rowsOffset_;                  ///< in the staging
+  std::vector<const float*> weightsOf_;                  ///< [T, K]
+  std::size_t weightsOffset_ = 0;
+
+  // As the receiver, by the rank of the experts.
+  std::vector<std::vector<std::int32_t>> ordinals_;  ///< [T, K]
+  std::vector<const std::byte*> rowsFrom_;
+  bool collected_ = false;
+};
+
+void CombineReceive::send() {
+  reserve();
+  post();
+  lane.stagedEpoch = epoch;
+  if (!request_.options.exact && !state_.hasWeights) bindWeights(collect());
+  stageRows();
+}
+
+/// Finds room for this rank's weights, and for the rows that go back to each rank.
+void CombineReceive::reserve() {
+  StagingPlan plan;
+  const auto choices = static_cast<std::size_t>(state_.numTokens) * topk_;
+  weightsOffset_ = plan.add(choices * sizeof(float));
+  for (std::size_t r = 0; r < numRanks(); ++r) {
+    const SourceRows& source = state_.sources[r];
+    // Slots tell experts apart as well as ids do.
+    sendOrdinals_.push_back(returnOrdinals(source.slots, state_.topk, request_.options.exact));
+    rowsOffset_.push_back(
+        plan.add(static_cast<std::size_t>(numOrdinals(sendOrdinals_.back())) * rowBytes_));
+    weightsOf_.push_back(source.weights.data());
+    const auto own = choicesOf(state_.topkIdx, *state_.placement, static_cast<int>(r));
+    ordinals_.push_back(returnOrdinals(own, state_.topk, request_.options.exact));
+  }
+  lane.staging.reserve(std::max<std::size_t>(plan.bytes(), 1));
+  std::copy_n(ownWeights(), choices,
+              reinterpret_cast<float*>(lane.staging.data() + weightsOffset_));
+}
+
+void CombineReceive::post() {
+  std::vector<Message> outgoing;
+  for (std::size_t r = 0; r < numRanks(); ++r) {
+    LowLatencyCombineEntry entry;
+    entry.signature = request_.signature;
+    entry.weights = lane.staging.address(weightsOffset_);
+    entry.rows = lane.staging.address(rowsOffset_[r]);
+    outgoing.push_back(encode(entry));
+  }
+  context_.mailbox.post(epoch, static_cast<std::uint32_t>(Round::entry), outgoing,
+                        "room for a message");
+}
+
+const std::vector<Message>& CombineReceive::collect() {
+  const auto& entries = context_.mailbox.collect(epoch, static_cast<std::uint32_t>(Round::entry),
+                                                 "the entry into the operation");
+  requireEntries(context_, entries);
+  bindRows(entries);
+  collected_ = true;
+  return entries;
+}
+
+void CombineReceive::bindWeights(const std::vector<Message>& entries) {
+  for (std::size_t r = 0; r < numRanks(); ++r) {
+    if (r == self()) {
+      weightsOf_[r] = ownWeights();
+      continue;
+    }
+    const auto entry = decode<LowLatencyCombineEntry>(entries[r]);
+    weightsOf_[r] = reinterpret_cast<const float*>(context_.transport.peerMemory(
+        static_cast<int>(r), entry.weights.segment, entry.weights.offset,
+        arrayBytes(state_.sources[r].numTokens, topk_ * sizeof(float))));
+  }
+}
+
+void CombineReceive::bindRows(const std::vector<Message>& entries) {
+  for (std::size_t r = 0; r < numRanks(); ++r) {
+    if (r == self()) {
+      rowsFrom_.push_back(lane.staging.data() + rowsOffset_[r]);
+      continue;
+    }
+    const auto entry = decode<LowLatencyCombineEntry>(entries[r]);
+    rowsFrom_.push_back(
+        context_.transport.peerMemory(static_cast<int>(r), entry.rows.segment, entry.rows.offset,
+                                      arrayBytes(numOrdinals(ordinals_[r]), rowBytes_)));
+  }
+}
+
+/// The next rank's rows first, so that not all wait for the same one.
+void CombineReceive::stageRows() {
+  for (std::size_t step = 1; step <= numRanks(); ++step) {
+    const std::size_t r = (self() + step) % numRanks();
+    context_.workers.run(state_.sources[r].numTokens, kTokensPerPart,
+                         [&](std::int64_t begin, std::int64_t end) {
+                           for (std::int64_t t = begin; t < end; ++t) stageToken(r, t);
+                         });
+    if (r != self()) context_.raise(kRowsStaged, static_cast<int>(r), 0);
+  }
+}
+
+void CombineReceive::stageToken(std::size_t source, std::int64_t token) const {
+  const auto first = static_cast<std::size_t>(token) * topk_;
+  const std::int32_t* slots = state_.sources[source].slots.data() + first;
+  const std::int32_t* ordinals = sendOrdinals_[source].data() + first;
+  std::byte* rows = lane.staging.data() + rowsOffset_[source];
+  for (std::size_t k = 0; k < topk_; ++k) {
+    if (slots[k] < 0 || std::find(ordinals, ordinals + k, ordinals[k]) != ordinals + k) continue;
+    std::byte* out = rows + static_cast<std::size_t>(ordinals[k]) * rowBytes_;
+    if (request_.options.exact) {
+      context_.kernels.copy(out, slot(slots[k]), rowBytes_);
+    } else {
+      stagePartialSum(slots, weightsOf_[source] + first, out);
+    }
+  }
+}
+
+/// The sum of a token's rows of this rank's experts, in order of its choices.
+void CombineReceive::stagePartialSum(const std::int32_t* slots, const float* weights,
+                                     std::byte* out) const {
+  thread_local std::vector<const void*> rows;
+  thread_local std::vector<float> scales;
+  rows.clear();
+  scales.clear();
+  for (std::size_t k = 0; k < topk_; ++k) {
+    if (slots[k] < 0) continue;
+    rows.push_back(slot(slots[k]));
+    scales.push_back(weights[k]);
+  }
+  context_.kernels.weightedSum[type_](out, rows.data(), scales.data(), rows.size(), hidden_);
+}
+
+void CombineReceive::receive() {
+  if (!collected_) collect();
+  awaitRows();
+  context_.workers.run(state_.numTokens, kTokensPerPart, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<const void*> rows;
+    std::vector<float> weights;
+    for (std::int64_t t = begin; t < end; ++t) sumToken(t, rows, weights);
+  });
+}
+
+void CombineReceive::awaitRows() {
+  const WaitClock clock(request_.outputs.waitStats);
+  std::vector<bool> here(numRanks());
+  here[self()] = true;
+  const auto missing = [&] {
+    Awaited late{{}, "the rows"};
+    for (std::size_t r = 0; r < numRanks(); ++r) {
+      if (here[r]) continue;
+      const int rank = static_cast<int>(r);
+      here[r] = context_.raised(kRowsStaged, rank) >= 0;
+      if (here[r]) {
+        clock.add(rank);
+      } else {
+        late.ranks.push_back(rank);
+      }
+    }
+    return late;
+  };
+  context_.transport.wait([&] { return missing().ranks.empty(); }, missing);
+}
+
+void CombineReceive::sumToken(std::int64_t token, std::vector<const void*>& rows,
+                              std::vector<float>& weights) const {
+  const std::size_t first = static_cast<std::size_t>(token) * topk_;
+  auto* out = static_cast<std::byte*>(request_.outputs.x.data) +
+              static_cast<std::size_t>(token) * rowBytes_;
+  rows.clear();
+  weights.clear();
+  if (request_.options.exact) {
+    for (std::size_t k = 0; k < topk_; ++k) {
+      const std::int32_t expert = state_.topkIdx[first + k];
+      if (expert < 0) continue;
+      const auto owner = static_cast<std::size_t>(state_.placement->owner(expert));
+      const auto ordinal = static_cast<std::size_t>(ordinals_[owner][first + k]);
+      rows.push_back(rowsFrom_[owner] + ordinal * rowBytes_);
+      weights.push_back(ownWeights()[first + k]);
+    }
+    return context_.kernels.weightedSum[type_](out, rows.data(), weights.data(), rows.size(),
+                                               hidden_);
+  }
+  for (std::size_t r = 0; r < numRanks(); ++r) {
+    const std::int32_t* ordinals = ordinals_[r].data() + first;
+    const std::int32_t* found =
+        std::find_if(ordinals, ordinals + topk_, [](std::int32_t o) { return o >= 0; });
+    if (found == ordinals + topk_) continue;
+    rows.push_back(rowsFrom_[r] + static_cast<std::size_t>(*found) * rowBytes_);
+  }
+  context_.kernels.sum[type_](out, rows.data(), rows.size(), hidden_, 0.0F, false);
+}
+
+}  // namespace
+
+std::unique_ptr<LowLatencyReceive> sendLowLatencyCombine(LowLatencyLane& lane,
+                                                         LowLatencyCombineRequest request) {
+  auto combine = std::make_unique<CombineReceive>(lane, std::move(request));
+  combine->send();
+  return combine;
+}
+
+}  // namespace mscclpp_ep::cpu

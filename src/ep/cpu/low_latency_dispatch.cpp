@@ -1,0 +1,301 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "cpu/columns.hpp"
+#include "cpu/low_latency.hpp"
+#include "cpu/rounds.hpp"
+
+namespace mscclpp_ep::cpu {
+
+namespace {
+
+constexpr std::int64_t kTokensPerPart = 8;
+
+/// What the rows of one rank look like in its staging, where they are sent from.
+struct Format {
+  explicit Format(const LowLatencyDispatchRequest& request)
+      : numScales(
+            request.options.quantization == Quantization::none
+                ? 0
+                : static_cast<std::size_t>(roundUp(request.signature.hidden, kGroup) / kGroup)),
+        packed(request.options.quantization == Quantization::float8Ue8m0),
+        elements(static_cast<std::size_t>(request.signature.hidden)),
+        rowBytes(elements * (numScales > 0 ? 1 : itemSize(request.inputs.x.dtype))),
+        scaleBytes(packed ? alignUp(numScales, sizeof(std::int32_t)) : numScales * sizeof(float)) {}
+
+  static constexpr auto kGroup = static_cast<std::int64_t>(kGroupSize);
+
+  std::size_t numScales;  ///< a row; 0: rows are sent as they are
+  bool packed;            ///< scales are exponents, a byte each
+  std::size_t elements;   ///< H
+  std::size_t rowBytes;
+  std::size_t scaleBytes;
+};
+
+/// The arrays of one rank's staging.
+struct StagedTokens {
+  std::int64_t numTokens = 0;
+  std::byte* rows = nullptr;
+  std::byte* scales = nullptr;
+  std::int32_t* topkIdx = nullptr;
+  float* weights = nullptr;
+};
+
+/// One dispatch, on one rank.
+class DispatchReceive final : public LowLatencyReceive {
+ public:
+  DispatchReceive(LowLatencyLane& of, LowLatencyDispatchRequest request)
+      : LowLatencyReceive(of),
+        request_(std::move(request)),
+        format_(request_),
+        context_(of.context),
+        topk_(request_.signature.topk) {
+    bufferId = context_.bufferId;
+    handle = std::make_shared<LowLatencyState>();
+  }
+
+  const char* name() const override { return "low-latency dispatch"; }
+  void send();
+  void receive() override;
+
+ private:
+  LowLatencyDispatchEntry reserve();
+  void stageTokens();
+  void stageToken(std::int64_t token);
+  void stageChoices();
+  void beginHandle();
+  StagedTokens locate(int rank, const LowLatencyDispatchEntry& entry) const;
+  void place(const std::vector<StagedTokens>& sources);
+  void requireIds(const std::vector<std::int32_t>& choices, int rank) const;
+  void fetchRows(std::size_t rank, const StagedTokens& source);
+  void fetchRow(std::int64_t slot, const StagedTokens& source, std::int64_t token);
+  void writeScales(std::int64_t slot, const std::byte* scales);
+
+  std::int64_t slotsPerExpert() const { return request_.signature.maxTokens * context_.size(); }
+  std::int64_t numTokens() const { return request_.inputs.x.shape[0]; }
+
+  const LowLatencyDispatchRequest request_;
+  const Format format_;
+  Context& context_;
+  const std::int64_t topk_;
+  StagedTokens own_;
+};
+
+void DispatchReceive::send() {
+  const LowLatencyDispatchEntry entry = reserve();
+  stageTokens();
+  beginHandle();
+  const std::vector<Message> outgoing(static_cast<std::size_t>(context_.size()), encode(entry));
+  context_.mailbox.post(epoch, static_cast<std::uint32_t>(Round::entry), outgoing,
+                        "room for a message");
+  lane.stagedEpoch = epoch;
+}
+
+/// Finds room for what is sent.
+LowLatencyDispatchEntry DispatchReceive::reserve() {
+  const auto tokens = static_cast<std::size_t>(numTokens());
+  const auto choices = static_cast<std::size_t>(numTokens() * topk_);
+  StagingPlan plan;
+  const std::size_t rows = plan.add(tokens * format_.rowBytes);
+  const std::size_t scales = plan.add(tokens * format_.scaleBytes);
+  const std::size_t topkIdx = plan.add(choices * sizeof(std::int32_t));
+  const std::size_t weights = plan.add(request_.inputs.topkWeights ? choices * sizeof(float) : 0);
+  lane.staging.reserve(std::max<std::size_t>(plan.bytes(), 1));
+
+  std::byte* base = lane.staging.data();
+  own_ = {numTokens(), base + rows, base + scales, reinterpret_cast<std::int32_t*>(base + topkIdx),
+          request_.inputs.topkWeights ? reinterpret_cast<float*>(base + weights) : nullptr};
+  LowLatencyDispatchEntry entry;
+  entry.signature = request_.signature;
+  entry.numTokens = numTokens();
+  entry.rows = lane.staging.address(rows);
+  entry.scales = lane.staging.address(scales);
+  entry.topkIdx = lane.staging.address(topkIdx);
+  entry.weights = lane.staging.address(weights);
+  return entry;
+}
+
+void DispatchReceive::stageTokens() {
+  stageChoices();
+  context_.workers.run(numTokens(), kTokensPerPart, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t token = begin; token < end; ++token) stageToken(token);
+  });
+}
+
+void DispatchReceive::stageChoices() {
+  const TensorView& topkIdx = request_.inputs.topkIdx;
+  const auto count = static_cast<std::size_t>(numElements(topkIdx));
+  if (topkIdx.dtype == DataType::int32) {
+    std::copy_n(static_cast<const std::int32_t*>(topkIdx.data), count, own_.topkIdx);
+  } else {
+    const auto* wide = static_cast<const std::int64_t*>(topkIdx.data);
+    std::transform(wide, wide + count, own_.topkIdx,
+                   [](std::int64_t id) { return static_cast<std::int32_t>(id); });
+  }
+  if (own_.weights == nullptr) return;
+  std::copy_n(static_cast<const float*>(request_.inputs.topkWeights.data), count, own_.weights);
+}
+
+/// Peers read the row soon, and more than once: it is left in the cache.
+void DispatchReceive::stageToken(std::int64_t token) {
+  const auto at = static_cast<std::size_t>(token);
+  const std::size_t inputBytes = format_.elements * itemSize(request_.inputs.x.dtype);
+  const auto* in = static_cast<const std::byte*>(request_.inputs.x.data) + at * inputBytes;
+  std::byte* out = own_.rows + at * format_.rowBytes;
+  if (format_.numScales == 0) return context_.kernels.copy(out, in, inputBytes);
+  const bool powersOfTwo = request_.options.quantization != Quantization::float8;
+  std::byte* scales = own_.scales + at * format_.scaleBytes;
+  if (!format_.packed) {
+    return context_.kernels.quantize(out, reinterpret_cast<float*>(scales), in, format_.elements,
+                                     powersOfTwo);
+  }
+  std::vector<float> wide(format_.numScales);
+  context_.kernels.quantize(out, wide.data(), in, format_.elements, powersOfTwo);
+  std::memset(scales, 0, format_.scaleBytes);
+  for (std::size_t i = 0; i < wide.size(); ++i) {
+    scales[i] = static_cast<std::byte>(std::bit_cast<std::uint32_t>(wide[i]) >> 23);
+  }
+}
+
+void DispatchReceive::beginHandle() {
+  LowLatencyState& state = *handle;
+  state.bufferId = context_.bufferId;
+  state.epoch = epoch;
+  state.maxTokens = request_.signature.maxTokens;
+  state.hidden = request_.signature.hidden;
+  state.topk = topk_;
+  state.numTokens = numTokens();
+  state.opaqueRows = isOpaque(request_.inputs.x.dtype);
+  state.placement = request_.placement;
+  state.topkIdx.assign(own_.topkIdx, own_.topkIdx + numTokens() * topk_);
+  if (own_.weights == nullptr) return;
+  state.hasWeights = true;
+  state.ownWeights.assign(own_.weights, own_.weights + numTokens() * topk_);
+}
+
+void DispatchReceive::receive() {
+  const WaitClock clock(request_.outputs.waitStats);
+  const auto& entries = context_.mailbox.collect(epoch, static_cast<std::uint32_t>(Round::entry),
+                                                 "the tokens", [&](int rank) { clock.add(rank); });
+  requireEntries(context_, entries);
+  std::vector<StagedTokens> sources;
+  for (int r = 0; r < context_.size(); ++r) {
+    const Message& message = entries[static_cast<std::size_t>(r)];
+    sources.push_back(locate(r, decode<LowLatencyDispatchEntry>(message)));
+  }
+  place(sources);
+  for (std::size_t r = 0; r < sources.size(); ++r) fetchRows(r, sources[r]);
+  handle->complete = true;
+}
+
+StagedTokens DispatchReceive::locate(int rank, const LowLatencyDispatchEntry& entry) const {
+  if (rank == context_.rank()) return own_;
+  if (entry.numTokens < 0 || entry.numTokens > request_.signature.maxTokens) {
+    throw PeerFailure(cat("rank ", rank, " sent ", entry.numTokens, " tokens; at most ",
+                          request_.signature.maxTokens, " can come"));
+  }
+  const auto at = [&](const ArrayAddress& address, std::size_t elementBytes) {
+    return context_.transport.peerMemory(rank, address.segment, address.offset,
+                                         arrayBytes(entry.numTokens, elementBytes));
+  };
+  const auto choices = static_cast<std::size_t>(topk_);
+  StagedTokens tokens{entry.numTokens, at(entry.rows, format_.rowBytes),
+                      at(entry.scales, format_.scaleBytes),
+                      reinterpret_cast<std::int32_t*>(at(entry.topkIdx, choices * 4)), nullptr};
+  if (handle->hasWeights) {
+    tokens.weights = reinterpret_cast<float*>(at(entry.weights, choices * 4));
+  }
+  return tokens;
+}
+
+/// Finds the slot of every row, and fills what tells the caller of them.
+void DispatchReceive::place(const std::vector<StagedTokens>& sources) {
+  const int self = context_.rank();
+  const auto experts = static_cast<std::size_t>(request_.placement->numLocal(self));
+  auto* ranges = static_cast<std::int64_t*>(request_.outputs.layoutRange.data);
+  std::vector<std::int32_t> counts(experts);
+  for (std::size_t r = 0; r < sources.size(); ++r) {
+    const StagedTokens& source = sources[r];
+    const std::vector<std::int32_t> before = counts;
+    // A copy, as the peer's memory may change under our eyes if the peer is broken.
+    const std::vector<std::int32_t> choices(source.topkIdx,
+                                            source.topkIdx + source.numTokens * topk_);
+    requireIds(choices, static_cast<int>(r));
+    SourceRows rows;
+    rows.numTokens = source.numTokens;
+    rows.slots = placeChoices(choices.data(), source.numTokens, topk_, *request_.placement, self,
+                              slotsPerExpert(), counts);
+    if (source.weights != nullptr) {
+      rows.weights.assign(source.weights, source.weights + source.numTokens * topk_);
+    }
+    handle->sources.push_back(std::move(rows));
+    for (std::size_t e = 0; e < experts; ++e) {
+      ranges[e * sources.size() + r] =
+          std::int64_t{before[e]} << 32 | static_cast<std::int64_t>(counts[e] - before[e]);
+    }
+  }
+  auto* recvCount = static_cast<std::int32_t*>(request_.outputs.recvCount.data);
+  std::copy(counts.begin(), counts.end(), recvCount);
+  if (!request_.outputs.recvStats) return;
+  auto* stats = static_cast<std::int32_t*>(request_.outputs.recvStats.data);
+  for (std::size_t e = 0; e < experts; ++e) stats[e] += counts[e];
+}
+
+/// A peer's ids were checked by the peer; a broken one must not make this rank write anywhere.
+void DispatchReceive::requireIds(const std::vector<std::int32_t>& choices, int rank) const {
+  const std::int64_t experts = request_.signature.numExperts;
+  const bool sound = std::all_of(choices.begin(), choices.end(),
+                                 [experts](std::int32_t id) { return id >= -1 && id < experts; });
+  if (!sound) throw PeerFailure(cat("rank ", rank, " sent an id of no expert"));
+}
+
+void DispatchReceive::fetchRows(std::size_t rank, const StagedTokens& source) {
+  const std::vector<std::int32_t>& slots = handle->sources[rank].slots;
+  context_.workers.run(source.numTokens, kTokensPerPart, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t token = begin; token < end; ++token) {
+      const auto first = slots.begin() + token * topk_;
+      for (auto slot = first; slot != first + topk_; ++slot) {
+        // An expert that was chosen twice has one row.
+        if (*slot >= 0 && std::find(first, slot, *slot) == slot) fetchRow(*slot, source, token);
+      }
+    }
+  });
+}
+
+void DispatchReceive::fetchRow(std::int64_t slot, const StagedTokens& source, std::int64_t token) {
+  const auto to = static_cast<std::size_t>(slot);
+  const auto from = static_cast<std::size_t>(token);
+  const LowLatencyDispatchOutputs& outputs = request_.outputs;
+  std::byte* out = static_cast<std::byte*>(outputs.x.data) + to * format_.rowBytes;
+  const std::byte* in = source.rows + from * format_.rowBytes;
+  if (format_.rowBytes >= kStreamedRowBytes) {
+    context_.kernels.streamCopy(out, in, format_.rowBytes);
+  } else {
+    std::memcpy(out, in, format_.rowBytes);
+  }
+  static_cast<std::int32_t*>(outputs.sourceIndex.data)[to] = static_cast<std::int32_t>(token);
+  if (format_.numScales > 0) writeScales(slot, source.scales + from * format_.scaleBytes);
+}
+
+/// The caller's array of scales is usually in column-major order: a scale a line.
+void DispatchReceive::writeScales(std::int64_t slot, const std::byte* scales) {
+  const TensorView& out = request_.outputs.scales;
+  auto* words = static_cast<std::uint32_t*>(out.data) + slot / slotsPerExpert() * out.strides[0] +
+                slot % slotsPerExpert() * out.strides[1];
+  for (std::int64_t i = 0; i < out.shape[2]; ++i) {
+    std::memcpy(words + i * out.strides[2], scales + i * 4, sizeof(std::uint32_t));
+  }
+}
+
+}  // namespace
+
+std::unique_ptr<LowLatencyReceive> sendLowLatencyDispatch(LowLatencyLane& lane,
+                                                          LowLatencyDispatchRequest request) {
+  auto dispatch = std::make_unique<DispatchReceive>(lane, std::move(request));
+  dispatch->send();
+  return dispatch;
+}
+
+}  // namespace mscclpp_ep::cpu
