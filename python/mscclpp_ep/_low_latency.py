@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from mscclpp_ep._arguments import (
@@ -14,7 +15,14 @@ from mscclpp_ep._arguments import (
     writable_view,
 )
 from mscclpp_ep._core import Buffer as CoreBuffer
-from mscclpp_ep._core import DataType, InvalidArgument, Operation, Quantization, View
+from mscclpp_ep._core import (
+    DataType,
+    InvalidArgument,
+    Operation,
+    PeerFailure,
+    Quantization,
+    View,
+)
 from mscclpp_ep._frameworks import Array, Framework, framework_of, shape_of
 from mscclpp_ep.event import EventHandle, EventOverlap
 from mscclpp_ep.handle import LowLatencyHandle
@@ -243,6 +251,47 @@ class LowLatencyMethods:
             ("num_experts", num_experts),
         ):
             integer(name, value)
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Masks a rank, or takes it in again: on this rank only, for both modes.
+
+        A masked rank is sent nothing, and its rows are missing from results; it is told, and fails
+        when it waits for this rank, unless it masks this rank in turn. To take a rank in again,
+        both sides unmask each other between the same two operations, after equally many calls.
+
+        Args:
+            rank_to_mask: The other rank.
+            mask: Whether to mask it.
+
+        Raises:
+            InvalidArgument: The buffer was made without `enable_shrink`, or there is no such rank.
+            PeerFailure: The rank is gone, and cannot be taken in again.
+        """
+        self._core.set_mask(integer("rank_to_mask", rank_to_mask, bits=31), bool(mask))
+
+    def low_latency_query_mask_buffer(self, mask_status: Array) -> None:
+        """Writes which ranks are masked.
+
+        Args:
+            mask_status: int32 [R], to be filled with 1 for a masked rank and 0 for another.
+
+        Raises:
+            InvalidArgument: `mask_status` is no such tensor, or cannot be written to.
+        """
+        status = writable_view("mask_status", mask_status)
+        check_given("mask_status", status, "int32 [R]")
+        self._core.query_masks(status)
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Takes in again every masked rank that is not gone.
+
+        Raises:
+            InvalidArgument: The buffer was made without `enable_shrink`.
+        """
+        for rank in range(self._core.size):
+            if rank != self._core.rank:
+                with contextlib.suppress(PeerFailure):
+                    self._core.set_mask(rank, False)
 
     def _zero_copy_rows(self, x: Array, use_logfmt: bool) -> View:
         if use_logfmt:

@@ -91,7 +91,8 @@ class Buffer(LowLatencyMethods):
             allow_nvlink_for_low_latency_mode: Accepted; means nothing here.
             allow_mnnvl: Accepted; means nothing here.
             explicitly_destroy: Accepted: `destroy` may be called in any case.
-            enable_shrink: Not built yet.
+            enable_shrink: Go on without a rank that dies, fails or is waited for longer than
+                `timeout`: it is masked, and its rows are missing from results.
             comm: An mpi4py communicator, if no group is given.
             use_fabric: Accepted; means nothing here.
             device: "cpu", or None for it.
@@ -121,8 +122,6 @@ class Buffer(LowLatencyMethods):
         bootstrap: GroupLike = as_group(self.group)
 
         def convert() -> dict[str, Any]:
-            if enable_shrink:
-                not_built("enable_shrink")
             ranks = [] if expert_map is None else list(expert_map)
             return {
                 "device": device_name(device),
@@ -134,6 +133,7 @@ class Buffer(LowLatencyMethods):
                 "expert_map": [integer("expert_map", rank, bits=31) for rank in ranks],
                 "integrity_check": bool(integrity_check),
                 "first_epoch": integer("first_epoch", first_epoch),
+                "enable_shrink": bool(enable_shrink),
             }
 
         try:
@@ -548,9 +548,6 @@ class Buffer(LowLatencyMethods):
     get_local_buffer_tensor = unbuilt("get_local_buffer_tensor")
     internode_dispatch = unbuilt("internode_dispatch")
     internode_combine = unbuilt("internode_combine")
-    low_latency_update_mask_buffer = unbuilt("low_latency_update_mask_buffer")
-    low_latency_query_mask_buffer = unbuilt("low_latency_query_mask_buffer")
-    low_latency_clean_mask_buffer = unbuilt("low_latency_clean_mask_buffer")
 
     # Helpers
 

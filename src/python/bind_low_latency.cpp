@@ -101,6 +101,18 @@ PendingReceive combine(Buffer& buffer, const View* x, const View* topkIdx, const
                                   {exact, logfmt}, {viewOf(out), viewOf(waitStats)});
 }
 
+void queryMasks(Buffer& buffer, const View& status) {
+  const TensorView& view = status.view;
+  if (view.dtype != DataType::int32 || view.ndim != 1 || view.shape[0] != buffer.size() ||
+      !isContiguous(view)) {
+    throw InvalidArgument("mask_status is " + toString(view) +
+                          "; it must be int32 [R], contiguous");
+  }
+  for (int rank = 0; rank < buffer.size(); ++rank) {
+    static_cast<std::int32_t*>(view.data)[rank] = buffer.masked(rank) ? 1 : 0;
+  }
+}
+
 }  // namespace
 
 void bindLowLatency(nb::module_& m, nb::class_<Buffer>& buffer) {
@@ -130,7 +142,8 @@ void bindLowLatency(nb::module_& m, nb::class_<Buffer>& buffer) {
            nb::arg("out").none(), nb::arg("wait_stats").none(), Release())
       .def(
           "receive", [](Buffer& self, const PendingReceive& pending) { self.receive(pending); },
-          nb::arg("pending"), Release());
+          nb::arg("pending"), Release())
+      .def("query_masks", &queryMasks, nb::arg("mask_status"));
 }
 
 }  // namespace mscclpp_ep::python

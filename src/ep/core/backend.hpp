@@ -110,6 +110,8 @@ class Backend {
   virtual Tensor allocate(std::size_t bytes, MemoryKind kind) = 0;
   /// Throws what a call before could not.
   virtual void check() = 0;
+  virtual bool masked(int rank) const = 0;
+  virtual void setMask(int rank, bool masked) = 0;
   virtual void freeze() = 0;
   virtual BufferStats stats() = 0;
   virtual void destroy() = 0;

@@ -20,9 +20,10 @@ std::uint64_t nextBufferId() {
 }
 
 std::string fingerprint(const BufferOptions& options) {
-  std::string text = cat("version ", MSCCLPP_EP_VERSION_MAJOR, ".", MSCCLPP_EP_VERSION_MINOR, ".",
-                         MSCCLPP_EP_VERSION_PATCH, ", ranks_per_domain ", options.ranksPerDomain,
-                         ", first_epoch ", options.firstEpoch, ", expert_map");
+  std::string text =
+      cat("version ", MSCCLPP_EP_VERSION_MAJOR, ".", MSCCLPP_EP_VERSION_MINOR, ".",
+          MSCCLPP_EP_VERSION_PATCH, ", ranks_per_domain ", options.ranksPerDomain, ", first_epoch ",
+          options.firstEpoch, ", enable_shrink ", options.enableShrink, ", expert_map");
   if (options.expertMap.empty()) return text + " none";
   for (const std::int32_t rank : options.expertMap) text += cat(" ", rank);
   return text;
@@ -40,6 +41,11 @@ std::shared_ptr<Backend> connect(Bootstrap& bootstrap, BufferOptions& options, s
     throw;
   }
   return makeCpuBackend(bootstrap, {"", fingerprint(options)}, options, id);
+}
+
+void checkRank(const BufferFacts& facts, int rank) {
+  EP_EXPECTS(rank >= 0 && rank < facts.numRanks, "rank is ", rank, "; it must be 0 to ",
+             facts.numRanks - 1);
 }
 
 }  // namespace
@@ -265,6 +271,16 @@ Tensor Buffer::emptyLocal(std::span<const std::int64_t> shape, DataType dtype) {
 void Buffer::check() { impl().backend().check(); }
 void Buffer::freeze() { impl().backend().freeze(); }
 BufferStats Buffer::stats() const { return impl().backend().stats(); }
+bool Buffer::masked(int rank) const {
+  checkRank(impl().facts, rank);
+  return impl().backend().masked(rank);
+}
+void Buffer::setMask(int rank, bool masked) {
+  EP_EXPECTS(impl().options.enableShrink, "masks need a buffer made with enable_shrink");
+  checkRank(impl().facts, rank);
+  EP_EXPECTS(rank != impl().facts.rank, "rank ", rank, " is this rank, which cannot be masked");
+  impl().backend().setMask(rank, masked);
+}
 void Buffer::leave() noexcept {
   if (impl_ != nullptr) impl_->leave();
 }

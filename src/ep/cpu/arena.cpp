@@ -27,7 +27,17 @@ void Arena::takeReturned() {
     const std::lock_guard lock(returned_->mutex);
     blocks.swap(returned_->blocks);
   }
-  for (const BlockRange& block : blocks) allocator_.release(block);
+  for (const BlockRange& block : blocks) {
+    const bool kept = std::any_of(quarantined_.begin(), quarantined_.end(), [&](const auto& at) {
+      return at.segment == block.segment && at.offset >= block.offset &&
+             at.offset < block.offset + block.bytes;
+    });
+    if (!kept) allocator_.release(block);
+  }
+}
+
+void Arena::quarantine(const void* data) {
+  if (const auto address = locate(data, 1)) quarantined_.push_back(*address);
 }
 
 std::size_t Arena::usedBytes() {

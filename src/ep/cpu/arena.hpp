@@ -41,6 +41,12 @@ class Arena {
   /// The address of memory, if all of it lies in the arena.
   std::optional<ArrayAddress> locate(const void* data, std::size_t bytes) const;
 
+  /// Never gives out again the block that holds `data`, if any does: a rank that has failed may
+  /// still write to it.
+  void quarantine(const void* data);
+  /// Likewise for the landing block: the next one is another.
+  void abandonLanding() { landing_ = SharedBlock(); }
+
   /// Tells how much an operation would take if it found no block: the landing block will have at
   /// least as much when the arena is frozen.
   void noteOperation(std::size_t bytes) { largestOperation_ = std::max(largestOperation_, bytes); }
@@ -73,6 +79,7 @@ class Arena {
   std::size_t segmentBytes_ = 0;
   SharedBlock landing_;
   std::shared_ptr<Returned> returned_;
+  std::vector<ArrayAddress> quarantined_;
 };
 
 }  // namespace mscclpp_ep::cpu

@@ -65,6 +65,11 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
 
   Tensor allocate(std::size_t bytes, MemoryKind kind) override;
   void check() override;
+  bool masked(int rank) const override { return transport_->masked(rank); }
+  void setMask(int rank, bool masked) override {
+    requireUsable();
+    transport_->setMask(rank, masked);
+  }
   void freeze() override {
     requireUsable();
     arena_.freeze();
@@ -344,6 +349,7 @@ std::shared_ptr<Backend> makeCpuBackend(Bootstrap& bootstrap, const Admission& a
   transportOptions.connect.fingerprint = admission.fingerprint;
   transportOptions.connect.timeout = options.timeout;
   transportOptions.connect.pollInterrupt = options.pollInterrupt;
+  transportOptions.shrink = options.enableShrink;
   if (options.maxArenaBytes == 0) options.maxArenaBytes = availableMemory() / 2 / ranks;
   if (options.numThreads == 0) {
     options.numThreads = std::clamp(coresAvailable() / ranks, 1, cpu::kMostDefaultThreads);

@@ -45,8 +45,13 @@ class RowReducer {
     offerInputs();
     receiveOffers();
     reduceAll();
-    // A rank that gave up may have let its caller overwrite the rows, also those read already.
-    context_.transport.requireNobodyGaveUp();
+    try {
+      // A rank that gave up may have let its caller overwrite the rows, also those read already.
+      context_.transport.requireNobodyGaveUp();
+    } catch (const OperationRefused&) {
+      finish();  // the others wait for this rank's word all the same
+      throw;
+    }
     finish();
   }
 
@@ -142,7 +147,9 @@ void RowReducer::receiveOffers() {
   entry.weights = weightsAddress_;
   const std::vector<Message> outgoing(sources_.size(), encode(entry));
   const auto& entries = exchangeEntries(context_, outgoing);
-  for (std::size_t r = 0; r < sources_.size(); ++r) bindSource(r, decode<CombineEntry>(entries[r]));
+  for (std::size_t r = 0; r < sources_.size(); ++r) {
+    if (!entries[r].empty()) bindSource(r, decode<CombineEntry>(entries[r]));
+  }
 }
 
 void RowReducer::bindSource(std::size_t rank, const CombineEntry& entry) {
@@ -176,7 +183,7 @@ bool RowReducer::stageSome() {
   bool more = false;
   for (std::size_t r = 0; r < sources_.size(); ++r) {
     const std::int64_t count = rowsKeptFrom(r);
-    if (static_cast<int>(r) == context_.rank() || staged_ >= count) continue;
+    if (static_cast<int>(r) == context_.rank() || staged_ >= count || context_.masked(r)) continue;
     const std::int64_t end = std::min(staged_ + step_, count);
     const std::int64_t first = handle_.firstRowFrom[r] + staged_;
     context_.workers.run(end - staged_, kTokensPerPart, [&](std::int64_t from, std::int64_t to) {
@@ -214,7 +221,7 @@ Awaited RowReducer::notReady(std::int64_t end) const {
   Awaited late{{}, "the staged rows"};
   for (std::size_t r = 0; r < sources_.size(); ++r) {
     const Source& source = sources_[r];
-    if (!source.staged) continue;
+    if (!source.staged || context_.masked(r)) continue;
     std::int64_t token = end;
     while (token > 0 && head(token - 1, r) < 0) --token;
     const std::int64_t needed =
@@ -245,7 +252,7 @@ void RowReducer::reduceToken(std::int64_t token, std::vector<const void*>& rows,
   const float start = rows.size() == 2 ? -0.0F : 0.0F;
   for (std::size_t r = 0; r < sources_.size(); ++r) {
     const std::int32_t ordinal = head(token, r);
-    if (ordinal < 0 || ordinal >= sources_[r].count) continue;
+    if (ordinal < 0 || ordinal >= sources_[r].count || context_.masked(r)) continue;
     rows.push_back(sources_[r].rows + static_cast<std::size_t>(ordinal) * rowBytes_);
     weights.push_back(sources_[r].weights + static_cast<std::size_t>(ordinal) * weightBytes_);
   }
@@ -272,7 +279,8 @@ void RowReducer::finish() {
   const auto late = [&] {
     Awaited ranks{{}, "the reading of this rank's rows"};
     for (int peer = 0; peer < context_.size(); ++peer) {
-      const bool read = peer == context_.rank() || context_.raised(kRowsRead, peer) >= 0;
+      const bool read =
+          peer == context_.rank() || context_.masked(peer) || context_.raised(kRowsRead, peer) >= 0;
       if (!read) ranks.ranks.push_back(peer);
     }
     return ranks;

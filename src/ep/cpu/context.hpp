@@ -32,6 +32,9 @@ struct Context {
   int rank() const { return transport.rank(); }
   int size() const { return transport.size(); }
 
+  bool masked(int peer) const { return transport.masked(peer); }
+  bool masked(std::size_t peer) const { return masked(static_cast<int>(peer)); }
+
   /// Raises a progress word at `peer`: `rows` so far in this operation. The word carries one more,
   /// so that one never written, which is 0, is no word of an operation whose tag is 0.
   void raise(Progress which, int peer, std::int64_t rows) const {

@@ -69,6 +69,7 @@ class RowMover {
   Awaited withoutRoom(std::int64_t numTokens) const;
   void raisePushed(std::int64_t sentTokens);
   void awaitRows();
+  void forsake(std::size_t rank);
   void markMissingRows();
   std::shared_ptr<const HandleState> makeHandle();
 
@@ -142,12 +143,16 @@ const std::vector<Message>& RowMover::publish() {
 void RowMover::receivePublications(const std::vector<Message>& publications) {
   std::vector<Status> statuses;
   statuses.reserve(publications.size());
-  for (const Message& message : publications) statuses.push_back(decode<Status>(message));
+  for (const Message& message : publications) {
+    statuses.push_back(message.empty() ? Status{} : decode<Status>(message));
+  }
   requireAll(statuses, "dispatch");
   step_ = landing_.used() ? kTokensPerLook * context_.workers.numThreads()
                           : std::max<std::int64_t>(request_.numTokens, 1);
   for (std::size_t r = 0; r < numRanks(); ++r) {
-    bindTarget(r, decode<DispatchPublish>(publications[r]));
+    // A masked rank has no capacity: nothing is sent there.
+    bindTarget(
+        r, publications[r].empty() ? DispatchPublish{} : decode<DispatchPublish>(publications[r]));
   }
 }
 
@@ -198,7 +203,7 @@ Awaited RowMover::withoutRoom(std::int64_t numTokens) const {
     const RowWriter::Target& target = targets_[r];
     const bool lands =
         std::find(std::begin(target.lands), std::end(target.lands), true) != std::end(target.lands);
-    if (!lands) continue;
+    if (!lands || context_.masked(r)) continue;
     const std::int64_t taken = std::max<std::int64_t>(context_.raised(kRowsTaken, target.rank), 0);
     if (rowsAmong(r, numTokens) > taken + target.ringRows) full.ranks.push_back(target.rank);
   }
@@ -243,13 +248,33 @@ void RowMover::awaitRows() {
     for (std::size_t r = 0; r < numRanks(); ++r) {
       const int rank = static_cast<int>(r);
       const bool arrived = context_.raised(kRowsPushed, rank) >= numKeptFrom_[r];
-      if (rank != context_.rank() && !arrived) late.ranks.push_back(rank);
+      if (rank != context_.rank() && !arrived && !context_.masked(r)) late.ranks.push_back(rank);
     }
     return late;
   };
   context_.transport.wait([&] { return landing_.takeArrived(); }, missing);
+  for (std::size_t r = 0; r < numRanks(); ++r) {
+    if (context_.masked(r)) forsake(r);
+  }
   (landing_.used() ? context_.stats.landedRows : context_.stats.straightRows) +=
       std::min(plan_.numRecv, plan_.numRows);
+}
+
+/// Marks the rows of a rank that was masked: they may not have come, or not whole. They are never
+/// given out again as long as the rank may write to them.
+void RowMover::forsake(std::size_t rank) {
+  const auto begin = static_cast<std::size_t>(plan_.firstRowFrom[rank]);
+  const auto count = static_cast<std::size_t>(numKeptFrom_[rank]);
+  for (int column = 0; column < kNumColumns; ++column) {
+    const OutputColumn& output = outputs_[column];
+    if (output.data == nullptr || count == 0) continue;
+    if (context_.transport.mayStillWrite(static_cast<int>(rank))) {
+      context_.arena.quarantine(output.data);
+      if (landing_.used()) context_.arena.abandonLanding();
+    }
+    const bool index = column == kTopkIdx || column == kSourceIndex;
+    std::memset(output.data + begin * output.rowBytes, index ? 0xFF : 0, count * output.rowBytes);
+  }
 }
 
 /// With num_worst_tokens, rows that nobody sent are told by their indices.

@@ -52,6 +52,7 @@ void exchangeLongCounts(Context& context, const std::vector<std::vector<std::int
   for (const Message& message :
        context.mailbox.exchange(context.epoch, static_cast<std::uint32_t>(Round::counts), outgoing,
                                 "the counts per expert")) {
+    if (message.empty()) continue;
     addCounts(message, 0, sums);
   }
 }
@@ -72,7 +73,14 @@ DispatchPlan exchangeCounts(Context& context, const DispatchRequest& request) {
 
   DispatchPlan plan;
   plan.perExpert.resize(counts[static_cast<std::size_t>(context.rank())].size());
-  for (const Message& message : exchangeEntries(context, outgoing)) {
+  const auto& entries = exchangeEntries(context, outgoing);
+  for (std::size_t r = 0; r < entries.size(); ++r) {
+    const Message& message = entries[r];
+    if (message.empty()) {
+      // A masked rank sends nothing. Where routing is repeated, its rows keep their place.
+      plan.numRowsFrom.push_back(request.cached != nullptr ? request.cached->numRowsFrom[r] : 0);
+      continue;
+    }
     plan.numRowsFrom.push_back(decode<DispatchEntry>(message).numRows);
     if (inEntry) addCounts(message, sizeof(DispatchEntry), plan.perExpert);
   }

@@ -65,6 +65,7 @@ bool Landing::takeArrived() {
   for (std::size_t rank = 0; rank < taken_.size(); ++rank) {
     const int peer = static_cast<int>(rank);
     if (peer == context_.rank()) continue;
+    if (context_.masked(rank)) continue;
     const std::int64_t arrived = context_.raised(kRowsPushed, peer);
     all = all && arrived >= numRowsFrom_[rank];
     if (!used_ || arrived <= taken_[rank]) continue;

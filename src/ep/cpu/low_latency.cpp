@@ -19,7 +19,7 @@ void LowLatencyLane::awaitReaders() {
   const auto late = [&] {
     Awaited readers{{}, "the reading of what was sent before"};
     for (int peer = 0; peer < context.size(); ++peer) {
-      if (peer == context.rank()) continue;
+      if (peer == context.rank() || context.masked(peer)) continue;
       if (!context.hasRaisedSince(kRowsRead, peer, stagedEpoch)) readers.ranks.push_back(peer);
     }
     return readers;

@@ -147,6 +147,8 @@ void CombineReceive::bindWeights(const std::vector<Message>& entries) {
       weightsOf_[r] = ownWeights();
       continue;
     }
+    weightsOf_[r] = nullptr;
+    if (entries[r].empty()) continue;
     const auto entry = decode<LowLatencyCombineEntry>(entries[r]);
     weightsOf_[r] = reinterpret_cast<const float*>(context_.transport.peerMemory(
         static_cast<int>(r), entry.weights.segment, entry.weights.offset,
@@ -160,6 +162,10 @@ void CombineReceive::bindRows(const std::vector<Message>& entries) {
       rowsFrom_.push_back(lane.staging.data() + rowsOffset_[r]);
       continue;
     }
+    if (entries[r].empty()) {
+      rowsFrom_.push_back(nullptr);
+      continue;
+    }
     const auto entry = decode<LowLatencyCombineEntry>(entries[r]);
     rowsFrom_.push_back(
         context_.transport.peerMemory(static_cast<int>(r), entry.rows.segment, entry.rows.offset,
@@ -171,6 +177,7 @@ void CombineReceive::bindRows(const std::vector<Message>& entries) {
 void CombineReceive::stageRows() {
   for (std::size_t step = 1; step <= numRanks(); ++step) {
     const std::size_t r = (self() + step) % numRanks();
+    if (context_.masked(r)) continue;
     context_.workers.run(state_.sources[r].numTokens, kTokensPerPart,
                          [&](std::int64_t begin, std::int64_t end) {
                            for (std::int64_t t = begin; t < end; ++t) stageToken(r, t);
@@ -227,7 +234,7 @@ void CombineReceive::awaitRows() {
   const auto missing = [&] {
     Awaited late{{}, "the rows"};
     for (std::size_t r = 0; r < numRanks(); ++r) {
-      if (here[r]) continue;
+      if (here[r] || context_.masked(r)) continue;
       const int rank = static_cast<int>(r);
       here[r] = context_.raised(kRowsStaged, rank) >= 0;
       if (here[r]) {
@@ -253,6 +260,7 @@ void CombineReceive::sumToken(std::int64_t token, std::vector<const void*>& rows
       const std::int32_t expert = state_.topkIdx[first + k];
       if (expert < 0) continue;
       const auto owner = static_cast<std::size_t>(state_.placement->owner(expert));
+      if (context_.masked(owner)) continue;
       const auto ordinal = static_cast<std::size_t>(ordinals_[owner][first + k]);
       rows.push_back(rowsFrom_[owner] + ordinal * rowBytes_);
       weights.push_back(ownWeights()[first + k]);
@@ -261,6 +269,7 @@ void CombineReceive::sumToken(std::int64_t token, std::vector<const void*>& rows
                                                hidden_);
   }
   for (std::size_t r = 0; r < numRanks(); ++r) {
+    if (context_.masked(r)) continue;
     const std::int32_t* ordinals = ordinals_[r].data() + first;
     const std::int32_t* found =
         std::find_if(ordinals, ordinals + topk_, [](std::int32_t o) { return o >= 0; });

@@ -183,7 +183,9 @@ void DispatchReceive::receive() {
   std::vector<StagedTokens> sources;
   for (int r = 0; r < context_.size(); ++r) {
     const Message& message = entries[static_cast<std::size_t>(r)];
-    sources.push_back(locate(r, decode<LowLatencyDispatchEntry>(message)));
+    // A masked rank has no tokens.
+    sources.push_back(message.empty() ? StagedTokens{}
+                                      : locate(r, decode<LowLatencyDispatchEntry>(message)));
   }
   place(sources);
   for (std::size_t r = 0; r < sources.size(); ++r) fetchRows(r, sources[r]);

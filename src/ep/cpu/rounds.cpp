@@ -38,13 +38,17 @@ const std::vector<Message>& exchangeEntries(Context& context,
 void requireEntries(const Context& context, const std::vector<Message>& entries) {
   std::vector<Status> statuses;
   std::vector<Signature> signatures;
-  for (const Message& entry : entries) {
-    const auto head = decode<EntryHead>(entry);
+  const auto self = static_cast<std::size_t>(context.rank());
+  const auto own = decode<EntryHead>(entries[self]);
+  for (int rank = 0; rank < context.size(); ++rank) {
+    // A masked rank has nothing against it, and agrees.
+    const auto head = context.masked(rank)
+                          ? EntryHead{own.signature, {}}
+                          : decode<EntryHead>(entries[static_cast<std::size_t>(rank)]);
     statuses.push_back(head.status);
     signatures.push_back(head.signature);
   }
-  const auto own = static_cast<std::size_t>(context.rank());
-  requireAll(statuses, name(static_cast<Operation>(signatures[own].operation)));
+  requireAll(statuses, name(static_cast<Operation>(own.signature.operation)));
   requireAgreement(signatures);
 }
 

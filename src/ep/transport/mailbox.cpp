@@ -43,6 +43,7 @@ const std::vector<Message>& Mailbox::exchange(std::uint64_t epoch, std::uint32_t
     for (int r = 0; r < transport_.size(); ++r) {
       const auto index = static_cast<std::size_t>(r);
       Peer& peer = peers_[index];
+      if (transport_.masked(r)) continue;
       if (!peer.posted) peer.posted = postSome(r, outgoing[index], key);
       if (!peer.complete) takeSome(r, key, false);
       all = all && peer.posted && peer.complete;
@@ -50,6 +51,7 @@ const std::vector<Message>& Mailbox::exchange(std::uint64_t epoch, std::uint32_t
     return all;
   };
   transport_.wait(done, [&] { return unfinished(what); });
+  forgetMasked();
   return incoming_;
 }
 
@@ -61,7 +63,7 @@ const std::vector<Message>& Mailbox::collect(std::uint64_t epoch, std::uint32_t 
     bool all = true;
     for (int r = 0; r < transport_.size(); ++r) {
       Peer& peer = peers_[static_cast<std::size_t>(r)];
-      if (peer.complete) continue;
+      if (peer.complete || transport_.masked(r)) continue;
       takeSome(r, key, false);
       all = all && peer.complete;
       if (peer.complete && arrival) arrival(r);
@@ -69,6 +71,7 @@ const std::vector<Message>& Mailbox::collect(std::uint64_t epoch, std::uint32_t 
     return all;
   };
   transport_.wait(done, [&] { return unfinished(what); });
+  forgetMasked();
   return incoming_;
 }
 
@@ -85,7 +88,7 @@ void Mailbox::post(std::uint64_t epoch, std::uint32_t round, const std::vector<M
     bool all = true;
     for (int r = 0; r < transport_.size(); ++r) {
       const auto index = static_cast<std::size_t>(r);
-      if (peers_[index].posted) continue;
+      if (peers_[index].posted || transport_.masked(r)) continue;
       // Older messages are taken away, lest the peer wait for room while it is waited for.
       takeSome(r, key, true);
       peers_[index].posted = postSome(r, outgoing[index], key);
@@ -164,9 +167,17 @@ void Mailbox::takeSlot(int rank, const SlotHeader& header, const std::byte* payl
   peers_[index].complete = message.size() == header.totalBytes;
 }
 
+/// Half a message of a rank that was masked meanwhile is none.
+void Mailbox::forgetMasked() {
+  for (int r = 0; r < transport_.size(); ++r) {
+    if (transport_.masked(r)) incoming_[static_cast<std::size_t>(r)].clear();
+  }
+}
+
 Awaited Mailbox::unfinished(const char* what) const {
   Awaited late{{}, what};
   for (std::size_t r = 0; r < peers_.size(); ++r) {
+    if (transport_.masked(static_cast<int>(r))) continue;
     if (!peers_[r].posted || !peers_[r].complete) late.ranks.push_back(static_cast<int>(r));
   }
   return late;

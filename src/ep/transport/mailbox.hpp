@@ -22,8 +22,8 @@ class Mailbox {
  public:
   Mailbox(Transport& transport, Lane lane, std::uint64_t firstSequence);
 
-  /// Posts `outgoing[r]` to each rank r and returns those of all ranks, the own one included. The
-  /// result is valid until the next call.
+  /// Posts `outgoing[r]` to each rank r and returns those of all ranks, the own one included; that
+  /// of a masked rank is empty. The result is valid until the next call.
   const std::vector<Message>& exchange(std::uint64_t epoch, std::uint32_t round,
                                        const std::vector<Message>& outgoing, const char* what);
 
@@ -60,6 +60,7 @@ class Mailbox {
   bool postSome(int peer, const Message& message, const Key& key);
   void takeSome(int peer, const Key& key, bool skipOnly);
   void takeSlot(int peer, const SlotHeader& header, const std::byte* payload);
+  void forgetMasked();
   Awaited unfinished(const char* what) const;
 
   Transport& transport_;

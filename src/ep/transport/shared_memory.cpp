@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "core/agreement.hpp"
 #include "core/check.hpp"
 #include "transport/memory_limit.hpp"
 #include "transport/unix_socket.hpp"
@@ -40,6 +41,7 @@ SharedMemory::SharedMemory(Bootstrap& bootstrap, SharedMemoryOptions options)
       localRank_(SegmentRegistry::newRank()),
       timeout_(options.connect.timeout),
       pollInterrupt_(options.connect.pollInterrupt),
+      shrink_(options.shrink),
       process_(::getpid()),
       peers_(static_cast<std::size_t>(bootstrap.size())) {
   std::exception_ptr failure;
@@ -63,6 +65,7 @@ SharedMemory::SharedMemory(Bootstrap& bootstrap, SharedMemoryOptions options)
   for (int peer = 0; peer < size(); ++peer) {
     if (peer != rank_) at(peer).control = findSegment(peer, kControlSegment);
   }
+  connecting_ = false;
 }
 
 /// The own control segment. If there is no memory for it, the peers, who are about to connect, must
@@ -121,8 +124,8 @@ void SharedMemory::announce(std::uint32_t id, std::size_t bytes, int fd) {
   for (int peer = 0; peer < size(); ++peer) {
     if (peer == rank_ || isThread(peer)) continue;
     const auto sent = [&] {
-      return sendMessage(at(peer).link.socket.get(), std::as_bytes(std::span(&announcement, 1)),
-                         fd);
+      return masked(peer) || sendMessage(at(peer).link.socket.get(),
+                                         std::as_bytes(std::span(&announcement, 1)), fd);
     };
     if (sent()) continue;
     wait(sent, [peer] { return Awaited{{peer}, "room for a message"}; });
@@ -233,12 +236,76 @@ void SharedMemory::throwIfGaveUp(int peer, const Awaited& missing) const {
 }
 
 void SharedMemory::requireNobodyGaveUp() {
-  for (int peer = 0; peer < size(); ++peer) throwIfGaveUp(peer, {{peer}, "the rows"});
+  for (int peer = 0; peer < size(); ++peer) {
+    if (masked(peer)) continue;
+    try {
+      const Awaited rows{{peer}, "the rows"};
+      throwIfGaveUp(peer, rows);
+      throwIfMaskedBy(peer, rows);
+    } catch (const PeerFailure&) {
+      if (!shrink_) throw;
+      // What was read of this peer is worth nothing, but the next operation can do without it.
+      setMask(peer, true);
+      throw OperationRefused{std::current_exception()};
+    }
+  }
+}
+
+void SharedMemory::throwIfMaskedBy(int peer, const Awaited& missing) const {
+  if (word(rank_, map_.mask(peer)).load() == 0) return;
+  throw PeerFailure(
+      cat(describe(), ": rank ", peer,
+          " has masked this rank, and goes on without it, while this rank waited for ", missing));
+}
+
+void SharedMemory::setMask(int peer, bool masked) {
+  if (!masked) {
+    lookAtPeers();
+    if (departed(peer) || word(rank_, map_.abortWord(peer)).load() != 0) {
+      throw PeerFailure(cat("rank ", peer, " is gone, and cannot be taken in again"));
+    }
+  }
+  at(peer).masked = masked;
+  word(peer, map_.mask(rank_)).store(masked ? 1 : 0);
+  ring(peer);
+}
+
+/// Masks the ranks that have failed, and with `late` all that are waited for. False if there are
+/// none to mask.
+bool SharedMemory::maskFailed(const Awaited& missing, bool late) {
+  bool any = false;
+  for (int peer = 0; peer < size(); ++peer) {
+    if (peer == rank_ || masked(peer)) continue;
+    const bool awaited =
+        std::find(missing.ranks.begin(), missing.ranks.end(), peer) != missing.ranks.end();
+    const bool gaveUp =
+        word(rank_, map_.abortWord(peer)).load() != 0 || word(rank_, map_.mask(peer)).load() != 0;
+    if (gaveUp || (awaited && (late || departed(peer)))) {
+      setMask(peer, true);
+      any = true;
+    }
+  }
+  return any;
+}
+
+void SharedMemory::handleFailures(const Awaited& missing) {
+  if (leaving_) return;
+  if (!shrink_ || connecting_) return throwIfPeerFailed(missing);
+  maskFailed(missing, false);
+}
+
+void SharedMemory::handleTimeout(const Awaited& missing) {
+  if (shrink_ && !connecting_ && !leaving_ && maskFailed(missing, true)) return;
+  throw Timeout(cat(describe(), " waited ", timeout_.count(), " s for ", missing,
+                    "; raise `timeout` if that rank is only slow"));
 }
 
 void SharedMemory::throwIfPeerFailed(const Awaited& missing) const {
-  if (leaving_) return;
-  for (int peer = 0; peer < size(); ++peer) throwIfGaveUp(peer, missing);
+  for (int peer = 0; peer < size(); ++peer) {
+    if (masked(peer)) continue;
+    throwIfGaveUp(peer, missing);
+    throwIfMaskedBy(peer, missing);
+  }
   // A rank that is not waited for may have done its part and gone.
   for (const int peer : missing.ranks) {
     if (!departed(peer)) continue;
@@ -251,7 +318,7 @@ void SharedMemory::throwIfPeerFailed(const Awaited& missing) const {
 
 void SharedMemory::waitAsleep(const std::function<bool()>& ready,
                               const std::function<Awaited()>& missing) {
-  const auto start = Clock::now();
+  auto start = Clock::now();
   const Doorbell bell = doorbell(rank_);
   auto nextInterrupt = start + kInterruptPeriod;
   std::chrono::nanoseconds slice = kFirstSlice;
@@ -261,10 +328,10 @@ void SharedMemory::waitAsleep(const std::function<bool()>& ready,
     lookAtPeers();
     // What a peer did before it failed counts: it is looked for once more.
     if (ready()) return;
-    throwIfPeerFailed(missing());
+    handleFailures(missing());
     if (now - start >= timeout_) {
-      throw Timeout(cat(describe(), " waited ", timeout_.count(), " s for ", missing(),
-                        "; raise `timeout` if that rank is only slow"));
+      handleTimeout(missing());
+      start = now;
     }
     if (pollInterrupt_ && now >= nextInterrupt) {
       pollInterrupt_();
@@ -290,7 +357,7 @@ void SharedMemory::leave() {
   }
   for (int peer = 0; peer < size(); ++peer) {
     const auto through = [&] {
-      return word(rank_, map_.goodbye(peer)).load() != 0 || departed(peer);
+      return word(rank_, map_.goodbye(peer)).load() != 0 || departed(peer) || masked(peer);
     };
     if (peer != rank_) {
       wait(through, [peer] { return Awaited{{peer}, "the call of destroy"}; });

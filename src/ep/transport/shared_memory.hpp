@@ -20,6 +20,7 @@ namespace mscclpp_ep {
 
 struct SharedMemoryOptions {
   ConnectOptions connect;
+  bool shrink = false;  ///< mask a rank that fails or is too slow, instead of failing with it
 };
 
 /// The ranks of one host, as processes or as threads.
@@ -37,6 +38,9 @@ class SharedMemory final : public Transport {
   std::byte* peerMemory(int peer, std::uint32_t id, std::uint64_t offset,
                         std::size_t bytes) override;
   void beginOperation(const char* name, std::uint64_t epoch) override;
+  bool masked(int peer) const override { return at(peer).masked; }
+  void setMask(int peer, bool masked) override;
+  bool mayStillWrite(int peer) const override { return !at(peer).gone; }
   void requireNobodyGaveUp() override;
   void giveUp() noexcept override;
   void leave() override;
@@ -50,7 +54,8 @@ class SharedMemory final : public Transport {
     PeerLink link;
     std::shared_ptr<Segment> control;
     std::map<std::uint32_t, std::shared_ptr<Segment>> segments;
-    bool gone = false;  ///< its process has ended
+    bool gone = false;    ///< its process has ended
+    bool masked = false;  ///< this rank goes on without it
   };
 
   const Peer& at(int peer) const { return peers_[static_cast<std::size_t>(peer)]; }
@@ -69,7 +74,11 @@ class SharedMemory final : public Transport {
   bool closed(int peer) const;
   bool departed(int peer) const { return at(peer).gone || closed(peer); }
   void throwIfGaveUp(int peer, const Awaited& missing) const;
+  void throwIfMaskedBy(int peer, const Awaited& missing) const;
   void throwIfPeerFailed(const Awaited& missing) const;
+  bool maskFailed(const Awaited& missing, bool late);
+  void handleFailures(const Awaited& missing);
+  void handleTimeout(const Awaited& missing);
   std::string describe() const;
 
   /// Tells the peers, at the end of this object, also if its constructor fails half-way.
@@ -83,12 +92,14 @@ class SharedMemory final : public Transport {
   const std::uint64_t localRank_;
   const std::chrono::duration<double> timeout_;
   const std::function<void()> pollInterrupt_;
+  const bool shrink_;
   const pid_t process_;
   std::vector<Peer> peers_;
   std::uint32_t nextSegment_ = 1;
   bool newThreadSegments_ = false;  ///< some that a thread shared before may be obsolete
   const char* operation_ = "connecting";
   std::uint64_t epoch_ = 0;
+  bool connecting_ = true;
   bool leaving_ = false;  ///< peers may be gone by now, and nothing is wrong with that
   Farewell farewell_{*this};
 };

@@ -67,6 +67,13 @@ class Transport {
     waitAsleep(std::cref(ready), std::cref(missing));
   }
 
+  /// Whether this rank goes on without `peer`: it sends it nothing, and waits for nothing of its.
+  virtual bool masked(int peer) const = 0;
+  /// Masks a peer, which is told, or takes it in again. Throws PeerFailure for one that is gone.
+  virtual void setMask(int peer, bool masked) = 0;
+  /// Whether a masked peer may still write to memory that it was told of before.
+  virtual bool mayStillWrite(int peer) const = 0;
+
   /// Throws PeerFailure if a peer has given up in this operation: what was read from its memory
   /// since may be anything.
   virtual void requireNobodyGaveUp() = 0;

@@ -116,6 +116,12 @@ class MSCCLPP_EP_API Buffer {
   void freeze();
   BufferStats stats() const;
 
+  /// Whether this rank goes on without `rank`, as `BufferOptions::enableShrink` lets it.
+  bool masked(int rank) const;
+  /// Masks another rank, or takes it in again, on this rank only. Throws PeerFailure for a rank
+  /// that is gone and is to be taken in.
+  void setMask(int rank, bool masked);
+
   /// Waits, within the timeout, until no peer uses this rank's memory any more, and lets go of it;
   /// results stay valid. Collective; calling it again does nothing.
   void destroy();

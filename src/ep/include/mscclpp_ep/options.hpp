@@ -37,6 +37,10 @@ struct BufferOptions {
   /// experts in order of global id. Empty: contiguous blocks of ceil(E / R).
   std::vector<std::int32_t> expertMap;
 
+  /// Masks a rank that dies, gives up or is waited for longer than `timeout`, and goes on without
+  /// it, instead of failing: its rows are missing from results.
+  bool enableShrink = false;
+
   /// Checks each row's checksum and sequence tag on arrival. Not built yet.
   bool integrityCheck = false;
 
