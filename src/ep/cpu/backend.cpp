@@ -36,7 +36,9 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
                static_cast<std::size_t>(std::min(options.arenaBytes, kMostInitialArenaBytes)),
                static_cast<std::size_t>(options.maxArenaBytes)),
         workers_(std::move(workers)),
-        context_{*transport_, mailbox_, arena_, pool_, *workers_, rowKernels(), stats_, bufferId},
+        context_{*transport_,         mailbox_, arena_,   pool_, *workers_,
+                 rowKernels(),        stats_,   bufferId, 0,     Lane::highThroughput,
+                 options.enableShrink},
         lanes_{{context_, Lane::lowLatency0, options.firstEpoch},
                {context_, Lane::lowLatency1, options.firstEpoch}},
         nextEpoch_(options.firstEpoch),
@@ -264,12 +266,12 @@ void CpuBackend::receive(ReceiveState& state) {
     transport_->beginOperation(pending.name(), pending.epoch);
     try {
       pending.receive();
+      // A rank that gave up may have let its memory be overwritten, also what was read already.
+      pending.lane.context.requireNobodyGaveUp();
     } catch (const OperationRefused&) {
       pending.lane.raiseRead();
       throw;
     }
-    // A rank that gave up may have let its memory be overwritten, also what was read already.
-    transport_->requireNobodyGaveUp();
     pending.lane.raiseRead();
   });
 }

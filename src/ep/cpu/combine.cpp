@@ -47,7 +47,7 @@ class RowReducer {
     reduceAll();
     try {
       // A rank that gave up may have let its caller overwrite the rows, also those read already.
-      context_.transport.requireNobodyGaveUp();
+      context_.requireNobodyGaveUp();
     } catch (const OperationRefused&) {
       finish();  // the others wait for this rank's word all the same
       throw;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "core/agreement.hpp"
 #include "core/memory_map.hpp"
 #include "cpu/arena.hpp"
 #include "cpu/host_pool.hpp"
@@ -28,12 +29,23 @@ struct Context {
   std::uint64_t bufferId = 0;
   std::uint64_t epoch = 0;  ///< of the current operation
   Lane lane = Lane::highThroughput;
+  bool shrink = false;  ///< go on without ranks that fail
 
   int rank() const { return transport.rank(); }
   int size() const { return transport.size(); }
 
   bool masked(int peer) const { return transport.masked(peer); }
   bool masked(std::size_t peer) const { return masked(static_cast<int>(peer)); }
+
+  /// As Transport::requireNobodyGaveUp, but where ranks are masked that only ends the operation.
+  void requireNobodyGaveUp() const {
+    try {
+      transport.requireNobodyGaveUp();
+    } catch (const PeerFailure&) {
+      if (!shrink) throw;
+      throw OperationRefused{std::current_exception()};
+    }
+  }
 
   /// Raises a progress word at `peer`: `rows` so far in this operation. The word carries one more,
   /// so that one never written, which is 0, is no word of an operation whose tag is 0.

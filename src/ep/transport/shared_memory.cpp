@@ -5,7 +5,6 @@
 
 #include <algorithm>
 
-#include "core/agreement.hpp"
 #include "core/check.hpp"
 #include "transport/memory_limit.hpp"
 #include "transport/unix_socket.hpp"
@@ -246,7 +245,7 @@ void SharedMemory::requireNobodyGaveUp() {
       if (!shrink_) throw;
       // What was read of this peer is worth nothing, but the next operation can do without it.
       setMask(peer, true);
-      throw OperationRefused{std::current_exception()};
+      throw;
     }
   }
 }

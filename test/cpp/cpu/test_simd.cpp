@@ -201,8 +201,9 @@ std::string copyMismatch(const RowKernels& kernels, bool stream, std::size_t n,
   for (std::size_t i = 0; i < n; ++i) in.data()[i] = static_cast<std::byte>(i * 7 + i / 251);
   (stream ? kernels.streamCopy : kernels.copy)(out.data(), in.data(), n);
   streamFence();
-  const std::string what = std::string(kernels.name) + (stream ? " streamed n " : " n ") + std::to_string(n) + " out offset " +
-                           std::to_string(outOffset) + " in offset " + std::to_string(inOffset);
+  const std::string what = std::string(kernels.name) + (stream ? " streamed n " : " n ") +
+                           std::to_string(n) + " out offset " + std::to_string(outOffset) +
+                           " in offset " + std::to_string(inOffset);
   if (!out.isGuardIntact()) return what + ": wrote outside of the row";
   if (n != 0 && std::memcmp(out.data(), in.data(), n) != 0) return what + ": other bytes";
   return "";
