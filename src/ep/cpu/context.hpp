@@ -12,6 +12,7 @@
 #include "cpu/simd.hpp"
 #include "cpu/workers.hpp"
 #include "mscclpp_ep/buffer.hpp"
+#include "mscclpp_ep/error.hpp"
 #include "transport/mailbox.hpp"
 #include "transport/transport.hpp"
 
@@ -30,6 +31,12 @@ struct Context {
   std::uint64_t epoch = 0;  ///< of the current operation
   Lane lane = Lane::highThroughput;
   bool shrink = false;  ///< go on without ranks that fail
+
+  /// The same parts, on a lane with a mailbox of its own.
+  Context onLane(Mailbox& itsMailbox, Lane which) const {
+    return {transport, itsMailbox, arena, pool,  workers, kernels,
+            stats,     bufferId,   0,     which, shrink};
+  }
 
   int rank() const { return transport.rank(); }
   int size() const { return transport.size(); }

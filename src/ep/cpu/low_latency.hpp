@@ -52,8 +52,7 @@ struct LowLatencyLane {
   LowLatencyLane(const Context& parts, Lane which, std::uint64_t firstSequence)
       : mailbox(parts.transport, which, firstSequence),
         staging(parts.transport),
-        context{parts.transport, mailbox,     parts.arena,    parts.pool, parts.workers,
-                parts.kernels,   parts.stats, parts.bufferId, 0,          which} {}
+        context(parts.onLane(mailbox, which)) {}
   LowLatencyLane(const LowLatencyLane&) = delete;
   LowLatencyLane& operator=(const LowLatencyLane&) = delete;
 
