@@ -123,10 +123,19 @@ def check_cached(num_worst_tokens: int, **routing: object) -> None:
 
 def view(name: str, array: Array | None) -> Any:
     """Imports a tensor; errors name the argument."""
+    return _imported(_frameworks.view, name, array)
+
+
+def output_view(name: str, array: Array | None) -> Any:
+    """Imports a tensor that will be written to; errors name the argument."""
+    return _imported(_frameworks.output_view, name, array)
+
+
+def _imported(convert: Callable[[Array], Any], name: str, array: Array | None) -> Any:
     if array is None:
         return None
     try:
-        return _frameworks.view(array)
+        return convert(array)
     except Exception as error:
         msg = f"{name} cannot be used: {error}"
         raise InvalidArgument(msg) from error

@@ -86,6 +86,9 @@ class View:
     @property
     def dtype(self) -> DataType: ...
 
+    @property
+    def shape(self) -> list[int]: ...
+
     def __repr__(self) -> str: ...
 
 class Tensor:
@@ -96,6 +99,9 @@ class Tensor:
 
     @property
     def dtype(self) -> DataType: ...
+
+    @property
+    def shape(self) -> list[int]: ...
 
     @property
     def in_arena(self) -> bool: ...

@@ -20,7 +20,7 @@ from mscclpp_ep._arguments import (
     view,
 )
 from mscclpp_ep._core import Config, InvalidArgument
-from mscclpp_ep._frameworks import Array, Framework, framework_of, resolve_dtype, shape_of
+from mscclpp_ep._frameworks import Array, Framework, dtype_of, framework_of, resolve_dtype
 from mscclpp_ep._tuning import COMBINE_CHUNKS, DISPATCH_CHUNKS
 from mscclpp_ep.event import EventHandle, EventOverlap
 from mscclpp_ep.group import as_group
@@ -42,8 +42,10 @@ class Buffer:
     R of ranks, E of experts, L of experts of this rank, and N of rows received.
 
     `dispatch`, `combine` and `destroy` are collective: every rank calls them in the same order.
-    One thread at a time uses a buffer. Tensors come back in the framework of those given; what a
-    call returns stays valid, whatever is called later, until it is dropped.
+    One thread at a time uses a buffer. Tensors come back in the framework of those given (of `x`,
+    where there are several; a `DLPackArray` for objects that have `__dlpack__` only); what a call
+    returns stays valid, whatever is called later, until it is dropped. JAX arrays are taken outside
+    of traces, from one CPU device, and never written to.
 
     Attributes:
         rank: This rank.
@@ -319,14 +321,14 @@ class Buffer:
         imported = [views[0], views[1], views[5], views[6]]
         try:
             counts = pending.num_recv_tokens_per_expert
-            outputs = self._make_outputs(pending.num_rows, sources, imported)
+            outputs = self._make_outputs(pending.num_rows, imported)
         except BaseException as error:
             self._core.abandon_dispatch(pending, str(error))
             raise
         finished = self._core.finish_dispatch(pending, *outputs)
 
         exported = [
-            None if tensor is None else framework.export(tensor, source.dtype)
+            None if tensor is None else framework.export(tensor, dtype_of(source))
             for tensor, source in zip(outputs, sources, strict=True)
         ]
         recv_x = (exported[0], exported[1]) if isinstance(x, tuple) else exported[0]
@@ -337,14 +339,14 @@ class Buffer:
         return recv_x, exported[2], exported[3], counts, wrapped, event
 
     def _make_outputs(
-        self, rows: int, sources: Sequence[Array | None], views: Sequence[_core.View | None]
+        self, rows: int, views: Sequence[_core.View | None]
     ) -> list[_core.Tensor | None]:
         """Memory for what a dispatch receives: in the arena, so that rows arrive in place."""
         return [
             None
             if imported is None
-            else self._core.empty([rows, shape_of(source)[1]], imported.dtype, True)
-            for source, imported in zip(sources, views, strict=True)
+            else self._core.empty([rows, imported.shape[1]], imported.dtype, True)
+            for imported in views
         ]
 
     # Combine
@@ -402,28 +404,25 @@ class Buffer:
         )
         core = handle.core
         out, out_weights = self._or_refuse(
-            Operation.combine, lambda: self._combined(core, x, topk_weights, x_view, weights_view)
+            Operation.combine, lambda: self._combined(core, x_view, weights_view)
         )
         self._core.combine(x_view, core, weights_view, bias0_view, bias1_view, out, out_weights)
-        combined = framework.export(out, x.dtype)
+        combined = framework.export(out, dtype_of(x))
         weights = None if out_weights is None else framework.export(out_weights)
         return combined, weights, _finished(async_finish)
 
     def _combined(
         self,
         handle: _core.DispatchHandle,
-        x: Array,
-        topk_weights: Array | None,
         x_view: _core.View,
         weights_view: _core.View | None,
     ) -> tuple[_core.Tensor, _core.Tensor | None]:
-        def output(array: Array, imported: _core.View) -> _core.Tensor:
+        def output(imported: _core.View) -> _core.Tensor:
             # A wrong number of dimensions is left to the library's own checks.
-            columns = [shape_of(array)[-1]] if len(shape_of(array)) > 1 else []
+            columns = imported.shape[1:][-1:]
             return self._core.empty([handle.num_tokens, *columns], imported.dtype, False)
 
-        out = output(x, x_view)
-        return out, None if weights_view is None else output(topk_weights, weights_view)
+        return output(x_view), None if weights_view is None else output(weights_view)
 
     # Memory
 
@@ -435,7 +434,7 @@ class Buffer:
 
         Args:
             shape: Up to 4 extents.
-            dtype: Of NumPy or ml_dtypes, for an array of NumPy, or of Torch, for one of Torch.
+            dtype: Of NumPy, ml_dtypes or JAX, for an array of NumPy, or of Torch, for one of Torch.
 
         Raises:
             InvalidArgument: The shape or dtype is wrong.
