@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mscclpp_ep import _frameworks
@@ -54,6 +55,21 @@ def integer(name: str, value: Any, bits: int = 63) -> int:
         msg = f"{name} is {result}; it must be between -2^{bits} and 2^{bits}"
         raise InvalidArgument(msg)
     return result
+
+
+def file_name(name: str, value: Any) -> str:
+    """The name of a file; empty for None."""
+    if value is None:
+        return ""
+    try:
+        result = os.fspath(value)
+        usable = isinstance(result, str) and result.encode() != b""
+    except (TypeError, ValueError):
+        usable = False
+    if not usable:
+        msg = f"{name} is {value!r}; it must be the path of a file, in UTF-8"
+        raise InvalidArgument(msg)
+    return str(result)
 
 
 def number(name: str, value: Any) -> float:

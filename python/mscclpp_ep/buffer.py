@@ -12,6 +12,7 @@ from mscclpp_ep._arguments import (
     check_given,
     check_handle,
     device_name,
+    file_name,
     integer,
     not_built,
     number,
@@ -27,6 +28,7 @@ from mscclpp_ep.group import as_group
 from mscclpp_ep.handle import DispatchHandle
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
@@ -78,6 +80,7 @@ class Buffer:
         integrity_check: bool = False,
         expert_map: Sequence[int] | None = None,
         first_epoch: int = 1,
+        trace: str | os.PathLike[str] | None = None,
     ) -> None:
         """Connects the ranks of the group; collective.
 
@@ -105,6 +108,9 @@ class Buffer:
             integrity_check: Not built yet.
             expert_map: The rank of each expert, int [E]; None: contiguous blocks of ceil(E / R).
             first_epoch: Number of the first operation; for tests of its wrapping around.
+            trace: File to which this rank appends the phases of each operation, for
+                ui.perfetto.dev or chrome://tracing; ranks may share it. None: the environment
+                variable MSCCLPP_EP_TRACE, if set.
 
         Raises:
             InvalidArgument: An argument is wrong, or the ranks disagree on one.
@@ -137,6 +143,7 @@ class Buffer:
                 "expert_map": [integer("expert_map", rank, bits=31) for rank in ranks],
                 "integrity_check": bool(integrity_check),
                 "first_epoch": integer("first_epoch", first_epoch),
+                "trace": file_name("trace", trace),
             }
 
         try:

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <exception>
 #include <optional>
 
@@ -15,6 +16,7 @@
 #include "cpu/rounds.hpp"
 #include "transport/memory_limit.hpp"
 #include "transport/shared_memory.hpp"
+#include "transport/trace.hpp"
 
 namespace mscclpp_ep {
 namespace cpu {
@@ -28,14 +30,16 @@ constexpr int kMostDefaultThreads = 16;
 class CpuBackend final : public Backend, public std::enable_shared_from_this<CpuBackend> {
  public:
   CpuBackend(std::unique_ptr<Transport> transport, std::unique_ptr<Workers> workers,
-             const BufferOptions& options, std::uint64_t bufferId)
+             std::unique_ptr<Trace> trace, const BufferOptions& options, std::uint64_t bufferId)
       : transport_(std::move(transport)),
         mailbox_(*transport_, Lane::highThroughput, options.firstEpoch),
         arena_(*transport_,
                static_cast<std::size_t>(std::min(options.arenaBytes, kMostInitialArenaBytes)),
                static_cast<std::size_t>(options.maxArenaBytes)),
         workers_(std::move(workers)),
-        context_{*transport_, mailbox_, arena_, pool_, *workers_, rowKernels(), stats_, bufferId},
+        trace_(std::move(trace)),
+        context_{*transport_,  mailbox_, arena_,  pool_,   *workers_,
+                 rowKernels(), stats_,   *trace_, bufferId},
         nextEpoch_(options.firstEpoch) {}
 
   void getDispatchLayout(const TensorView& topkIdx, const ExpertPlacement& placement,
@@ -62,6 +66,14 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
  private:
   friend struct CpuPending;
 
+  /// Ends the operation in the trace with the call that ends it.
+  struct TracedCall {
+    ~TracedCall() {
+      if (!backend.begun_) backend.trace_->endOperation();
+    }
+    CpuBackend& backend;
+  };
+
   /// Runs one step of an operation. An error that every rank sees alike passes; any other ends the
   /// buffer, and the peers are told.
   template <typename Step>
@@ -77,6 +89,7 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
   Arena arena_;
   HostPool pool_;
   std::unique_ptr<Workers> workers_;
+  std::unique_ptr<Trace> trace_;
   BufferStats stats_;
   Context context_;
   std::uint64_t nextEpoch_;
@@ -106,6 +119,7 @@ struct CpuPending final : PendingState {
 template <typename Step>
 auto CpuBackend::run(const char* operation, const Step& step) {
   requireUsable();
+  const TracedCall traced{*this};
   const FloatingPointModes modes;
   try {
     return step();
@@ -125,6 +139,7 @@ auto CpuBackend::run(const char* operation, const Step& step) {
 void CpuBackend::beginEpoch(const char* operation) {
   context_.epoch = nextEpoch_++;
   transport_->beginOperation(operation, context_.epoch);
+  trace_->beginOperation(operation, context_.epoch);
 }
 
 /// Memory and sockets are shared with a forked child, which would speak in its parent's name.
@@ -251,6 +266,15 @@ void CpuBackend::destroy() {
   transport_->leave();
 }
 
+/// Off if no file is named. A rank that is refused makes none.
+std::unique_ptr<Trace> openTrace(BufferOptions& options, const Bootstrap& bootstrap,
+                                 std::uint64_t bufferId) {
+  const char* fromEnvironment = std::getenv("MSCCLPP_EP_TRACE");
+  if (options.trace.empty() && fromEnvironment != nullptr) options.trace = fromEnvironment;
+  if (options.trace.empty()) return std::make_unique<Trace>();
+  return std::make_unique<Trace>(options.trace, bootstrap.rank(), bootstrap.size(), bufferId);
+}
+
 }  // namespace
 }  // namespace cpu
 
@@ -269,9 +293,11 @@ std::shared_ptr<Backend> makeCpuBackend(Bootstrap& bootstrap, const Admission& a
   options.ranksPerDomain = ranks;
 
   std::unique_ptr<cpu::Workers> workers;
+  auto trace = std::make_unique<Trace>();
   std::exception_ptr failure;
   try {
     workers = std::make_unique<cpu::Workers>(options.numThreads);
+    if (admission.refusal.empty()) trace = cpu::openTrace(options, bootstrap, bufferId);
   } catch (const Error& error) {
     failure = std::current_exception();
     transportOptions.connect.refusal = error.what();
@@ -283,8 +309,8 @@ std::shared_ptr<Backend> makeCpuBackend(Bootstrap& bootstrap, const Admission& a
     if (failure != nullptr) std::rethrow_exception(failure);
     throw;
   }
-  return std::make_shared<cpu::CpuBackend>(std::move(transport), std::move(workers), options,
-                                           bufferId);
+  return std::make_shared<cpu::CpuBackend>(std::move(transport), std::move(workers),
+                                           std::move(trace), options, bufferId);
 }
 
 }  // namespace mscclpp_ep

@@ -12,6 +12,7 @@
 #include "cpu/workers.hpp"
 #include "mscclpp_ep/buffer.hpp"
 #include "transport/mailbox.hpp"
+#include "transport/trace.hpp"
 #include "transport/transport.hpp"
 
 namespace mscclpp_ep::cpu {
@@ -25,6 +26,7 @@ struct Context {
   Workers& workers;
   const RowKernels& kernels;
   BufferStats& stats;
+  Trace& trace;
   std::uint64_t bufferId = 0;
   std::uint64_t epoch = 0;  ///< of the current operation
 
