@@ -45,7 +45,7 @@ def buffer() -> Iterator[ep.Buffer]:
 
 
 def route(buffer: ep.Buffer, tokens: int, seed: int) -> dict[str, jax.Array]:
-    scores = jax.random.uniform(jax.random.key(seed), (tokens, EXPERTS))
+    scores = jax.random.uniform(jax.random.key(seed), (tokens, EXPERTS), jnp.float32)
     weights, topk_idx = jax.lax.top_k(scores, TOPK)
     per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, EXPERTS)
     owners = topk_idx // -(-EXPERTS // buffer.group_size)
@@ -195,6 +195,18 @@ def test_int64_with_x64_disabled(buffer: ep.Buffer) -> None:
     )
     assert (recv[1] == topk_idx).all()
     assert recv[4].num_recv_tokens_per_expert.tolist() == per_expert.tolist()
+
+
+def test_int64_with_x64_enabled(buffer: ep.Buffer) -> None:
+    with jax.enable_x64(True):
+        routing = route(buffer, 8, 0)
+        routing["topk_idx"] = routing["topk_idx"].astype(jnp.int64)
+        x = jnp.arange(64, dtype=jnp.float64).reshape(8, 8)
+        recv, recv_idx, *_, handle, _ = buffer.dispatch(x, **routing)
+        assert (recv.dtype, recv_idx.dtype) == (jnp.float64, jnp.int64)
+        assert handle.num_recv_tokens_per_expert.dtype == jnp.int64
+        assert (recv == x).all()
+        assert (recv_idx == routing["topk_idx"]).all()
 
 
 SEVERAL_DEVICES = """

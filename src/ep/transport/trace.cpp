@@ -111,7 +111,7 @@ void Trace::add(const char* name, Clock::time_point begin, Clock::time_point end
   try {
     events_.push_back({name, begin, end});
   } catch (const std::bad_alloc&) {
-    // A phase without room is left out: the operation itself goes on.
+    // Expected: without memory the phase is left out, and the operation goes on.
   }
 }
 
@@ -129,7 +129,7 @@ void Trace::endOperation() noexcept {
       for (const Event& event : events_) lines += text(event);
       append(lines);
     } catch (const std::bad_alloc&) {
-      // As in add().
+      // Expected: as in add().
     }
   }
   operation_ = nullptr;
