@@ -12,6 +12,7 @@ from mscclpp_ep._core import (
     Timeout,
     build_info,
 )
+from mscclpp_ep._dlpack_array import DLPackArray
 from mscclpp_ep.buffer import Buffer
 from mscclpp_ep.event import EventHandle, EventOverlap
 from mscclpp_ep.group import Group, GroupLike, as_group
@@ -24,6 +25,7 @@ __all__ = [
     "BufferStats",
     "Config",
     "CudaError",
+    "DLPackArray",
     "DispatchHandle",
     "Error",
     "EventHandle",

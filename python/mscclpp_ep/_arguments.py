@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mscclpp_ep import _frameworks
@@ -12,7 +13,7 @@ from mscclpp_ep.handle import DispatchHandle, LowLatencyHandle
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from mscclpp_ep._frameworks import Array
+    from mscclpp_ep._frameworks import Array, Framework
     from mscclpp_ep.event import EventOverlap
 
 
@@ -54,6 +55,21 @@ def integer(name: str, value: Any, bits: int = 63) -> int:
         msg = f"{name} is {result}; it must be between -2^{bits} and 2^{bits}"
         raise InvalidArgument(msg)
     return result
+
+
+def file_name(name: str, value: Any) -> str:
+    """The name of a file; empty for None."""
+    if value is None:
+        return ""
+    try:
+        result = os.fspath(value)
+        usable = isinstance(result, str) and result.encode() != b""
+    except (TypeError, ValueError):
+        usable = False
+    if not usable:
+        msg = f"{name} is {value!r}; it must be the path of a file, in UTF-8"
+        raise InvalidArgument(msg)
+    return str(result)
 
 
 def number(name: str, value: Any) -> float:
@@ -118,6 +134,13 @@ def check_low_latency_handle(handle: object) -> None:
         raise InvalidArgument(msg)
 
 
+def check_deferred(framework: Framework, return_recv_hook: bool) -> None:
+    """A framework whose tensors may be filled after they were returned."""
+    if return_recv_hook and framework.name == "jax":
+        msg = "return_recv_hook needs tensors that are filled later; a JAX array never changes"
+        raise InvalidArgument(msg)
+
+
 def unpack_quantization(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> Quantization:
     """How rows are sent."""
     if use_ue8m0 and not round_scale:
@@ -140,22 +163,21 @@ def check_cached(num_worst_tokens: int, **routing: object) -> None:
         raise InvalidArgument(msg)
 
 
-def writable_view(name: str, array: Array | None) -> Any:
-    """Imports a tensor that is written to."""
-    if array is None:
-        return None
-    if not _frameworks.is_writable(array):
-        msg = f"{name} cannot be written to; give a tensor that can, or none"
-        raise InvalidArgument(msg)
-    return view(name, array)
-
-
 def view(name: str, array: Array | None) -> Any:
     """Imports a tensor; errors name the argument."""
+    return _imported(_frameworks.view, name, array)
+
+
+def output_view(name: str, array: Array | None) -> Any:
+    """Imports a tensor that will be written to; errors name the argument."""
+    return _imported(_frameworks.output_view, name, array)
+
+
+def _imported(convert: Callable[[Array], Any], name: str, array: Array | None) -> Any:
     if array is None:
         return None
     try:
-        return _frameworks.view(array)
+        return convert(array)
     except Exception as error:
         msg = f"{name} cannot be used: {error}"
         raise InvalidArgument(msg) from error

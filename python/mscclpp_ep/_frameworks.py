@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from mscclpp_ep import _core
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from mscclpp_ep._dlpack_array import DLPackArray, as_dtype
 
 # A tensor of any framework: what it has in common with others is __dlpack__ only.
 Array: TypeAlias = Any
@@ -23,7 +21,7 @@ _INTEGERS = {1: np.uint8, 2: np.uint16}
 class Framework:
     """How one framework's tensors are imported, exported and described."""
 
-    name = "dlpack"
+    name = "array API"
 
     def __init__(self, namespace: Any) -> None:
         self._namespace = namespace
@@ -32,23 +30,25 @@ class Framework:
         """Imports a tensor without a copy."""
         return _core.View(array)
 
+    def output_view(self, array: Array) -> _core.View:
+        """Imports a tensor that will be written to.
+
+        Raises:
+            InvalidArgument: The framework forbids it.
+        """
+        return self.view(array)
+
     def export(self, tensor: _core.Tensor, dtype: Any = None) -> Array:
         """Makes a tensor of the framework over the buffer's memory.
 
-        `dtype` is the framework's own, for those that it cannot import by DLPack.
+        `dtype` is the caller's own, for frameworks that cannot import it by DLPack.
         """
         del dtype
         return self._namespace.from_dlpack(tensor.export("dlpack"))
 
-    def export_as(self, tensor: _core.Tensor, like: Array | None = None) -> Array:
-        """As `export`, by the tensor's own dtype; `like` is an array that may have the same."""
-        del like
-        return self.export(tensor)
-
-    def is_writable(self, array: Array) -> bool:
-        """Whether the library may write to an array of the caller's."""
-        del array
-        return False
+    def small_array(self, values: np.ndarray) -> Array:
+        """Makes an array of the framework with the given values."""
+        return self._namespace.asarray(values)
 
 
 class _NumPy(Framework):
@@ -66,21 +66,22 @@ class _NumPy(Framework):
             return _core.View(array.view(_INTEGERS[array.dtype.itemsize]), known)
         return _core.View(array)
 
+    def output_view(self, array: Array) -> _core.View:
+        if not array.flags.writeable:
+            msg = "the array is read-only, and would be written to"
+            raise _core.InvalidArgument(msg)
+        return self.view(array)
+
     def export(self, tensor: _core.Tensor, dtype: Any = None) -> Array:
         array = tensor.export("numpy")
-        return array if dtype is None or array.dtype == dtype else array.view(dtype)
+        if array.dtype.name == tensor.dtype.name:
+            return array
+        if isinstance(dtype, np.dtype) and dtype.name == tensor.dtype.name:
+            return array.view(dtype)
+        return as_dtype(array, tensor.dtype.name)
 
-    def export_as(self, tensor: _core.Tensor, like: Array | None = None) -> Array:
-        name = tensor.dtype.name
-        if like is not None and like.dtype.name == name:
-            return self.export(tensor, like.dtype)
-        if not hasattr(np, name):
-            # Of ml_dtypes, which registers its types with NumPy. The caller may not have it.
-            return self.export(tensor, np.dtype(getattr(_ml_dtypes(), name)))
-        return self.export(tensor)
-
-    def is_writable(self, array: Array) -> bool:
-        return bool(array.flags.writeable)
+    def small_array(self, values: np.ndarray) -> Array:
+        return values
 
 
 class _Torch(Framework):
@@ -93,18 +94,75 @@ class _Torch(Framework):
         del dtype
         return tensor.export("torch")
 
-    def is_writable(self, array: Array) -> bool:
-        return not array.requires_grad
+    def small_array(self, values: np.ndarray) -> Array:
+        return self._namespace.from_numpy(values)
 
 
-def _ml_dtypes() -> Any:
-    if "ml_dtypes" not in sys.modules:
-        msg = "NumPy has no bfloat16 and float8: install and import ml_dtypes"
+class _Jax(Framework):
+    """Arrays of one CPU device, outside of any trace; results go to that device."""
+
+    name = "jax"
+
+    def __init__(self, namespace: Any, array: Array) -> None:
+        super().__init__(namespace)
+        traced = isinstance(array, namespace.core.Tracer)
+        self._devices = [] if traced else sorted(array.sharding.device_set, key=lambda d: d.id)
+
+    def view(self, array: Array) -> _core.View:
+        if not self._devices:
+            msg = (
+                "it is being traced by JAX, and has no values yet; call the buffer outside of "
+                "jax.jit, jax.grad, jax.vmap and the like, between functions that are compiled"
+            )
+            raise _core.InvalidArgument(msg)
+        if len(self._devices) > 1:
+            msg = (
+                f"it is sharded over {len(self._devices)} devices; a rank takes what one device "
+                "holds: pass x.addressable_shards[i].data"
+            )
+            raise _core.InvalidArgument(msg)
+        if self._devices[0].platform != "cpu":
+            msg = (
+                f"it is on {self._devices[0]}; this version takes arrays of the CPU: "
+                'jax.device_put(x, jax.devices("cpu")[0])'
+            )
+            raise _core.InvalidArgument(msg)
+        # JAX computes behind the caller's back; here it is waited for without the GIL.
+        return _core.View(array.block_until_ready())
+
+    def output_view(self, array: Array) -> _core.View:
+        del array
+        msg = "it is a JAX array, which is never written to; leave it out, a result is made anew"
         raise _core.InvalidArgument(msg)
-    return sys.modules["ml_dtypes"]
+
+    def export(self, tensor: _core.Tensor, dtype: Any = None) -> Array:
+        del dtype
+        # No copy if the memory is aligned to 64 bytes and the device is the first.
+        exported = tensor.export("dlpack")
+        return self._namespace.numpy.from_dlpack(exported, device=self._devices[0])
+
+    def small_array(self, values: np.ndarray) -> Array:
+        return self._namespace.device_put(values, self._devices[0])
+
+
+class _Dlpack(Framework):
+    """Objects with `__dlpack__` of no framework that can be found out."""
+
+    name = "dlpack"
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def export(self, tensor: _core.Tensor, dtype: Any = None) -> Array:
+        del dtype
+        return DLPackArray(tensor.export("dlpack"), tensor.export("numpy"), tensor.dtype.name)
+
+    def small_array(self, values: np.ndarray) -> Array:
+        return DLPackArray(values, values, values.dtype.name)
 
 
 _NUMPY = _NumPy()
+_DLPACK = _Dlpack()
 _torch: _Torch | None = None
 
 
@@ -126,11 +184,16 @@ def framework_of(array: Array) -> Framework:
     torch = _torch_framework()
     if torch is not None and isinstance(array, torch._namespace.Tensor):
         return torch
-    if hasattr(array, "__dlpack__") and hasattr(array, "__array_namespace__"):
-        return Framework(array.__array_namespace__())
+    jax = sys.modules.get("jax")
+    if jax is not None and isinstance(array, jax.Array):
+        return _Jax(jax, array)
+    if hasattr(array, "__dlpack__"):
+        if hasattr(array, "__array_namespace__"):
+            return Framework(array.__array_namespace__())
+        return _DLPACK
     msg = (
         f"a {type(array).__name__} was given; a tensor with DLPack is needed: "
-        "NumPy, Torch, or any framework of the array API standard"
+        "NumPy, Torch, JAX, or any object with __dlpack__"
     )
     raise _core.InvalidArgument(msg)
 
@@ -144,13 +207,13 @@ def view(array: Array) -> _core.View:
     return framework_of(array).view(array)
 
 
-def is_writable(array: Array) -> bool:
-    """Whether the library may write to a tensor of the caller's.
+def output_view(array: Array) -> _core.View:
+    """Imports a tensor of any framework that will be written to.
 
     Raises:
-        InvalidArgument: It is no tensor.
+        InvalidArgument: It cannot be imported, or may not be written to.
     """
-    return framework_of(array).is_writable(array)
+    return framework_of(array).output_view(array)
 
 
 def resolve_dtype(dtype: Any) -> tuple[Framework, _core.DataType]:
@@ -164,7 +227,7 @@ def resolve_dtype(dtype: Any) -> tuple[Framework, _core.DataType]:
         framework: Framework = torch
         name = str(dtype).removeprefix("torch.")
     else:
-        framework = _NUMPY
+        framework = _NUMPY  # for JAX's types too, as its arrays cannot be written to
         try:
             name = np.dtype(dtype).name
         except TypeError as error:
@@ -178,13 +241,9 @@ def resolve_dtype(dtype: Any) -> tuple[Framework, _core.DataType]:
 
 def small_array(framework: Framework, values: np.ndarray) -> Array:
     """An array of the framework with the given values."""
-    if isinstance(framework, _Torch):
-        return framework._namespace.from_numpy(values)
-    if isinstance(framework, _NumPy):
-        return values
-    return framework._namespace.asarray(values)
+    return framework.small_array(values)
 
 
-def shape_of(array: Array) -> Sequence[int]:
-    """The extents of a tensor."""
-    return tuple(array.shape)
+def dtype_of(array: Array) -> Any:
+    """What the caller's framework calls the type of the elements, if it says."""
+    return getattr(array, "dtype", None)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from mscclpp_ep._arguments import (
     check_call,
+    check_deferred,
     check_given,
     check_low_latency_handle,
     integer,
+    output_view,
     unpack_quantization,
     view,
-    writable_view,
 )
 from mscclpp_ep._core import Buffer as CoreBuffer
 from mscclpp_ep._core import (
@@ -23,7 +24,7 @@ from mscclpp_ep._core import (
     Quantization,
     View,
 )
-from mscclpp_ep._frameworks import Array, Framework, framework_of, shape_of
+from mscclpp_ep._frameworks import Array, Framework, framework_of
 from mscclpp_ep.event import EventHandle, EventOverlap
 from mscclpp_ep.handle import LowLatencyHandle
 
@@ -104,15 +105,17 @@ class LowLatencyMethods:
                 view("x", x),
                 view("topk_idx", topk_idx),
                 view("topk_weights", topk_weights),
-                writable_view(
+                output_view(
                     "cumulative_local_expert_recv_stats", cumulative_local_expert_recv_stats
                 ),
-                writable_view("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats),
+                output_view("dispatch_wait_recv_cost_stats", dispatch_wait_recv_cost_stats),
             ]
             most = integer("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
             experts = integer("num_experts", num_experts)
             quantization = unpack_quantization(use_fp8, round_scale, use_ue8m0)
-            return framework_of(x), views, most, experts, quantization
+            framework = framework_of(x)
+            check_deferred(framework, return_recv_hook)
+            return framework, views, most, experts, quantization
 
         framework, views, most, experts, quantization = self._or_refuse(
             Operation.low_latency_dispatch, convert
@@ -124,10 +127,10 @@ class LowLatencyMethods:
         hook = self._hook(sent.pending, (x, topk_idx, topk_weights, views))
         if not return_recv_hook:
             hook()
-        recv_x = framework.export_as(sent.x, like=x)
+        recv_x = framework.export(sent.x, x.dtype)
         if quantization != Quantization.none:
             recv_x = (recv_x, framework.export(sent.scales))
-        handle = LowLatencyHandle.wrap(sent, framework, most, shape_of(x)[1], experts)
+        handle = LowLatencyHandle.wrap(sent, framework, most, x_view.shape[1], experts)
         count = framework.export(sent.recv_count)
         event = EventOverlap(EventHandle() if async_finish else None)
         return recv_x, count, handle, event, hook if return_recv_hook else None
@@ -187,21 +190,16 @@ class LowLatencyMethods:
             check_given("x", x, "[L, R * M, H]")
             rows = self._zero_copy_rows(x, use_logfmt) if zero_copy else view("x", x)
             views = [rows, view("topk_idx", topk_idx), view("topk_weights", topk_weights)]
-            views.append(
-                writable_view("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats)
-            )
+            views.append(output_view("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats))
             framework = framework_of(x)
-            result = out
-            if result is None:
-                shape = [shape_of(topk_idx)[0], shape_of(x)[-1]]
-                tensor = self._core.empty(shape, views[0].dtype, False)
-                result = framework.export_as(tensor, like=x)
-                views.append(View.of(tensor))
-            else:
-                views.append(writable_view("out", out))
-            return framework, views, result
+            check_deferred(framework, return_recv_hook)
+            if out is not None:
+                return framework, [*views, output_view("out", out)], None
+            shape = [views[1].shape[0], views[0].shape[-1]]
+            tensor = self._core.empty(shape, views[0].dtype, False)
+            return framework, [*views, View.of(tensor)], tensor
 
-        _, views, result = self._or_refuse(Operation.low_latency_combine, convert)
+        framework, views, tensor = self._or_refuse(Operation.low_latency_combine, convert)
         rows, idx_view, weights_view, stats, out_view = views
         pending = self._core.low_latency_combine(
             rows, idx_view, weights_view, handle.core, exact, use_logfmt, out_view, stats
@@ -211,6 +209,7 @@ class LowLatencyMethods:
         hook = self._hook(pending, (x, topk_idx, topk_weights, handle, views))
         if not return_recv_hook:
             hook()
+        result = out if tensor is None else framework.export(tensor, x.dtype)
         event = EventOverlap(EventHandle() if async_finish else None)
         return result, event, hook if return_recv_hook else None
 
@@ -229,11 +228,11 @@ class LowLatencyMethods:
             InvalidArgument: `handle` is no handle of a low-latency dispatch.
         """
         check_low_latency_handle(handle)
-        shape = [*shape_of(handle[0]), handle[3]]
+        shape = [*handle[0].shape, handle[3]]
         if self._combine_input is None or self._combine_input[0] != shape:
             tensor = self._core.empty(shape, DataType.bfloat16, True)
             self._combine_input = (shape, tensor)
-        return handle.framework.export_as(self._combine_input[1])
+        return handle.framework.export(self._combine_input[1])
 
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
@@ -278,7 +277,7 @@ class LowLatencyMethods:
         Raises:
             InvalidArgument: `mask_status` is no such tensor, or cannot be written to.
         """
-        status = writable_view("mask_status", mask_status)
+        status = output_view("mask_status", mask_status)
         check_given("mask_status", status, "int32 [R]")
         self._core.query_masks(status)
 
@@ -301,8 +300,9 @@ class LowLatencyMethods:
             msg = "zero_copy needs the rows in get_next_low_latency_combine_buffer(handle)"
             raise InvalidArgument(msg)
         shape, tensor = self._combine_input
-        if tuple(shape_of(x)) != tuple(shape):
-            msg = f"x is {tuple(shape_of(x))}, but the combine buffer is {tuple(shape)}"
+        given = view("x", x).shape
+        if list(given) != shape:
+            msg = f"x is of shape {list(given)}, but the combine buffer is {shape}"
             raise InvalidArgument(msg)
         return View.of(tensor)
 

@@ -12,6 +12,7 @@ from mscclpp_ep._arguments import (
     check_given,
     check_handle,
     device_name,
+    file_name,
     integer,
     not_built,
     number,
@@ -20,7 +21,7 @@ from mscclpp_ep._arguments import (
     view,
 )
 from mscclpp_ep._core import Config, InvalidArgument
-from mscclpp_ep._frameworks import Array, Framework, framework_of, resolve_dtype, shape_of
+from mscclpp_ep._frameworks import Array, Framework, dtype_of, framework_of, resolve_dtype
 from mscclpp_ep._low_latency import LowLatencyMethods
 from mscclpp_ep._tuning import COMBINE_CHUNKS, DISPATCH_CHUNKS
 from mscclpp_ep.event import EventHandle, EventOverlap
@@ -28,6 +29,7 @@ from mscclpp_ep.group import as_group
 from mscclpp_ep.handle import DispatchHandle
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
@@ -43,8 +45,10 @@ class Buffer(LowLatencyMethods):
     R of ranks, E of experts, L of experts of this rank, and N of rows received.
 
     `dispatch`, `combine` and `destroy` are collective: every rank calls them in the same order.
-    One thread at a time uses a buffer. Tensors come back in the framework of those given; what a
-    call returns stays valid, whatever is called later, until it is dropped.
+    One thread at a time uses a buffer. Tensors come back in the framework of those given (of `x`,
+    where there are several; a `DLPackArray` for objects that have `__dlpack__` only); what a call
+    returns stays valid, whatever is called later, until it is dropped. JAX arrays are taken outside
+    of traces, from one CPU device, and never written to.
 
     Attributes:
         rank: This rank.
@@ -77,6 +81,7 @@ class Buffer(LowLatencyMethods):
         integrity_check: bool = False,
         expert_map: Sequence[int] | None = None,
         first_epoch: int = 1,
+        trace: str | os.PathLike[str] | None = None,
     ) -> None:
         """Connects the ranks of the group; collective.
 
@@ -105,6 +110,9 @@ class Buffer(LowLatencyMethods):
             integrity_check: Not built yet.
             expert_map: The rank of each expert, int [E]; None: contiguous blocks of ceil(E / R).
             first_epoch: Number of the first operation; for tests of its wrapping around.
+            trace: File to which this rank appends the phases of each operation, for
+                ui.perfetto.dev or chrome://tracing; ranks may share it. None: the environment
+                variable MSCCLPP_EP_TRACE, if set.
 
         Raises:
             InvalidArgument: An argument is wrong, or the ranks disagree on one.
@@ -134,6 +142,7 @@ class Buffer(LowLatencyMethods):
                 "integrity_check": bool(integrity_check),
                 "first_epoch": integer("first_epoch", first_epoch),
                 "enable_shrink": bool(enable_shrink),
+                "trace": file_name("trace", trace),
             }
 
         try:
@@ -318,14 +327,14 @@ class Buffer(LowLatencyMethods):
         imported = [views[0], views[1], views[5], views[6]]
         try:
             counts = pending.num_recv_tokens_per_expert
-            outputs = self._make_outputs(pending.num_rows, sources, imported)
+            outputs = self._make_outputs(pending.num_rows, imported)
         except BaseException as error:
             self._core.abandon_dispatch(pending, str(error))
             raise
         finished = self._core.finish_dispatch(pending, *outputs)
 
         exported = [
-            None if tensor is None else framework.export(tensor, source.dtype)
+            None if tensor is None else framework.export(tensor, dtype_of(source))
             for tensor, source in zip(outputs, sources, strict=True)
         ]
         recv_x = (exported[0], exported[1]) if isinstance(x, tuple) else exported[0]
@@ -336,14 +345,14 @@ class Buffer(LowLatencyMethods):
         return recv_x, exported[2], exported[3], counts, wrapped, event
 
     def _make_outputs(
-        self, rows: int, sources: Sequence[Array | None], views: Sequence[_core.View | None]
+        self, rows: int, views: Sequence[_core.View | None]
     ) -> list[_core.Tensor | None]:
         """Memory for what a dispatch receives: in the arena, so that rows arrive in place."""
         return [
             None
             if imported is None
-            else self._core.empty([rows, shape_of(source)[1]], imported.dtype, True)
-            for source, imported in zip(sources, views, strict=True)
+            else self._core.empty([rows, imported.shape[1]], imported.dtype, True)
+            for imported in views
         ]
 
     # Combine
@@ -401,28 +410,25 @@ class Buffer(LowLatencyMethods):
         )
         core = handle.core
         out, out_weights = self._or_refuse(
-            Operation.combine, lambda: self._combined(core, x, topk_weights, x_view, weights_view)
+            Operation.combine, lambda: self._combined(core, x_view, weights_view)
         )
         self._core.combine(x_view, core, weights_view, bias0_view, bias1_view, out, out_weights)
-        combined = framework.export(out, x.dtype)
+        combined = framework.export(out, dtype_of(x))
         weights = None if out_weights is None else framework.export(out_weights)
         return combined, weights, _finished(async_finish)
 
     def _combined(
         self,
         handle: _core.DispatchHandle,
-        x: Array,
-        topk_weights: Array | None,
         x_view: _core.View,
         weights_view: _core.View | None,
     ) -> tuple[_core.Tensor, _core.Tensor | None]:
-        def output(array: Array, imported: _core.View) -> _core.Tensor:
+        def output(imported: _core.View) -> _core.Tensor:
             # A wrong number of dimensions is left to the library's own checks.
-            columns = [shape_of(array)[-1]] if len(shape_of(array)) > 1 else []
+            columns = imported.shape[1:][-1:]
             return self._core.empty([handle.num_tokens, *columns], imported.dtype, False)
 
-        out = output(x, x_view)
-        return out, None if weights_view is None else output(topk_weights, weights_view)
+        return output(x_view), None if weights_view is None else output(weights_view)
 
     # Memory
 
@@ -434,7 +440,7 @@ class Buffer(LowLatencyMethods):
 
         Args:
             shape: Up to 4 extents.
-            dtype: Of NumPy or ml_dtypes, for an array of NumPy, or of Torch, for one of Torch.
+            dtype: Of NumPy, ml_dtypes or JAX, for an array of NumPy, or of Torch, for one of Torch.
 
         Raises:
             InvalidArgument: The shape or dtype is wrong.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mscclpp_ep._core import InvalidArgument
 from mscclpp_ep._group_channels import Board, LocalChannel, MpiChannel, TorchChannel
+from mscclpp_ep._group_jax import JaxChannel
 from mscclpp_ep._rendezvous import connect, env_int, place_from_env
 from mscclpp_ep._rendezvous_files import FileChannel
 from mscclpp_ep._rendezvous_wire import check_int, check_timeout
@@ -181,6 +182,22 @@ class Group:
             msg = f"from_mpi needs mpi4py and an MPI library ({error}); install them"
             raise InvalidArgument(msg) from error
         channel = MpiChannel(mpi, mpi.COMM_WORLD if comm is None else comm)
+        return cls(channel.rank, channel.size, channel)
+
+    @classmethod
+    def from_jax(cls, timeout: float = 100.0) -> Group:
+        """Use the processes of jax.distributed, which meet in its key-value store.
+
+        A rank is a process. All processes make their groups in the same order.
+
+        Args:
+            timeout: Seconds to wait for the others in a call.
+
+        Raises:
+            InvalidArgument: jax is not imported, jax.distributed is not initialized, or timeout is
+                no positive number.
+        """
+        channel = JaxChannel(check_timeout(timeout))
         return cls(channel.rank, channel.size, channel)
 
     @classmethod

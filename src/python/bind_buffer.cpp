@@ -25,7 +25,7 @@ TensorView viewOf(const Tensor* tensor) { return tensor == nullptr ? TensorView{
 void construct(Buffer* self, nb::handle group, const std::string& device, std::int64_t arenaBytes,
                std::int64_t maxArenaBytes, double timeout, int numThreads, int ranksPerDomain,
                std::vector<std::int32_t> expertMap, bool integrityCheck, std::uint64_t firstEpoch,
-               bool enableShrink) {
+               bool enableShrink, const std::string& trace) {
   BufferOptions options;
   options.device.type = device == "cpu" ? DeviceType::cpu : DeviceType::cuda;
   options.arenaBytes = arenaBytes;
@@ -37,6 +37,7 @@ void construct(Buffer* self, nb::handle group, const std::string& device, std::i
   options.integrityCheck = integrityCheck;
   options.firstEpoch = firstEpoch;
   options.enableShrink = enableShrink;
+  options.trace = trace;
   options.pollInterrupt = pollSignals;
   PythonBootstrap bootstrap(group);
   const nb::gil_scoped_release release;
@@ -155,7 +156,7 @@ void bindBuffer(nb::module_& m) {
       .def("__init__", &construct, nb::arg("group"), nb::arg("device"), nb::arg("arena_bytes"),
            nb::arg("max_arena_bytes"), nb::arg("timeout"), nb::arg("num_threads"),
            nb::arg("ranks_per_domain"), nb::arg("expert_map"), nb::arg("integrity_check"),
-           nb::arg("first_epoch"), nb::arg("enable_shrink"))
+           nb::arg("first_epoch"), nb::arg("enable_shrink"), nb::arg("trace"))
       .def_static(
           "decline",
           [](nb::handle group, const std::string& why) {

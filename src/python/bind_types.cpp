@@ -18,6 +18,10 @@ std::vector<T> copyOf(std::span<const T> values) {
   return {values.begin(), values.end()};
 }
 
+std::vector<std::int64_t> shapeOf(const TensorView& view) {
+  return {std::begin(view.shape), std::begin(view.shape) + view.ndim};
+}
+
 void bindTensors(nb::module_& m) {
   nb::enum_<DataType> dtypes(m, "DataType", "Element types.");
   for (int i = 0; i <= static_cast<int>(DataType::float8E5m2Fnuz); ++i) {
@@ -35,6 +39,7 @@ void bindTensors(nb::module_& m) {
           "of", [](const Tensor& tensor) { return View{{}, tensor.view}; }, nb::arg("tensor"),
           nb::keep_alive<0, 1>(), "A view of memory of a buffer.")
       .def_prop_ro("dtype", [](const View& view) { return view.view.dtype; })
+      .def_prop_ro("shape", [](const View& view) { return shapeOf(view.view); })
       .def("__repr__", [](const View& view) { return toString(view.view); });
   nb::class_<Tensor>(m, "Tensor", "Memory of a buffer.")
       .def(
@@ -44,6 +49,7 @@ void bindTensors(nb::module_& m) {
           },
           nb::arg("framework"), "To \"numpy\", \"torch\" or \"dlpack\".")
       .def_prop_ro("dtype", [](const Tensor& tensor) { return tensor.view.dtype; })
+      .def_prop_ro("shape", [](const Tensor& tensor) { return shapeOf(tensor.view); })
       .def_ro("in_arena", &Tensor::inArena)
       .def("__repr__", [](const Tensor& tensor) { return toString(tensor.view); });
 }

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import mscclpp_ep as ep
+from mscclpp_ep import _arguments, _core, _frameworks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -80,6 +81,88 @@ def test_what_cannot_be_taken_is_named(buffer: ep.Buffer, x: Any, message: str) 
         buffer.dispatch(x, **routing(buffer, 4))
     recv, *_ = buffer.dispatch(np.ones((4, 2)), **routing(buffer, 4))
     assert recv.sum() == 8
+
+
+class Foreign:
+    """A tensor of a framework nobody has heard of."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self._array.__dlpack__(**kwargs)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self._array.__dlpack_device__()
+
+
+def test_objects_with_dlpack_only_come_back_as_such(buffer: ep.Buffer) -> None:
+    topk_idx = np.array([[0, 3], [2, -1]])
+    per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(Foreign(topk_idx), 4)
+    assert per_node is None
+    assert isinstance(in_rank, ep.DLPackArray)
+    x = np.arange(10, dtype=np.float32).reshape(2, 5)
+    recv, recv_idx, recv_w, _, handle, _ = buffer.dispatch(
+        Foreign(x),
+        num_tokens_per_rank=per_rank,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+        topk_idx=Foreign(topk_idx),
+        topk_weights=Foreign(np.ones((2, 2), np.float32)),
+    )
+    assert (recv.shape, recv.dtype, len(recv)) == ((2, 5), "float32", 2)
+    assert repr(recv) == "<mscclpp_ep.DLPackArray float32[2, 5]>"
+    np.testing.assert_array_equal(np.from_dlpack(recv), x)
+    np.testing.assert_array_equal(recv_idx, topk_idx)
+    np.testing.assert_array_equal(np.from_dlpack(handle[0]), [[2]])
+    out, weights, _ = buffer.combine(recv, handle, topk_weights=recv_w)
+    assert isinstance(out, ep.DLPackArray)
+    np.testing.assert_array_equal(out, x)
+    np.testing.assert_array_equal(weights, [[1, 1], [1, 0]])
+
+
+def test_dlpack_results_as_numpy_arrays(buffer: ep.Buffer) -> None:
+    tensor = buffer._core.empty([2, 3], _core.DataType.float32, True)
+    result = _frameworks.framework_of(Foreign(np.zeros(1))).export(tensor)
+    plain = np.asarray(result)
+    plain[:] = 7
+    assert np.shares_memory(plain, np.from_dlpack(result))
+    assert not np.shares_memory(plain, np.array(result))
+    assert np.asarray(result, np.float64).tolist() == [[7.0] * 3] * 2
+    with pytest.raises(ValueError, match="only by a copy"):
+        np.asarray(result, np.float64, copy=False)
+
+
+def test_dlpack_results_of_types_that_numpy_lacks() -> None:
+    program = """
+import numpy as np, mscclpp_ep as ep
+from mscclpp_ep import _core, _frameworks
+class Foreign:
+    def __dlpack__(self): pass
+with ep.Buffer(ep.Group.local(1)[0]) as b:
+    tensor = b._core.empty([2, 3], _core.DataType.bfloat16, True)
+    result = _frameworks.framework_of(Foreign()).export(tensor)
+    assert result.dtype == "bfloat16"
+    try:
+        np.asarray(result)
+    except TypeError as error:
+        assert "import ml_dtypes" in str(error)
+    import ml_dtypes
+    assert np.asarray(result).dtype == ml_dtypes.bfloat16
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_outputs_must_be_writable() -> None:
+    array = np.zeros(3)
+    assert _arguments.output_view("out", array).shape == [3]
+    assert _arguments.output_view("out", None) is None
+    array.flags.writeable = False
+    with pytest.raises(ep.InvalidArgument, match="out cannot be used: the array is read-only"):
+        _arguments.output_view("out", array)
 
 
 def test_empty_takes_dtypes_by_name_and_refuses_others(buffer: ep.Buffer) -> None:

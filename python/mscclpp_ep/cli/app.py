@@ -151,11 +151,14 @@ def _progress(ranks: int, steps: int) -> Iterator[Callable[[int, str], None]]:
 
 @app.command()
 def doctor(
+    ranks: Annotated[
+        int, typer.Option(min=2, max=256, help="Processes to test with, and to find room for.")
+    ] = 2,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Say what was built, what this machine has, and whether two ranks can exchange rows."""
+    """Say what was built, what this machine has, and whether ranks can exchange rows."""
     with _exit_statuses():
-        report = doctors.examine()
+        report = doctors.examine(ranks)
         if json:
             demos.write_json(report)
         else:

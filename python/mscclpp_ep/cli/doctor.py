@@ -2,7 +2,7 @@
 """Says what was built, what this machine has, whether it works, and what to do if it does not."""
 
 import resource
-from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -10,52 +10,66 @@ import numpy as np
 from rich.console import Console
 
 import mscclpp_ep as ep
-from mscclpp_ep.cli import machine
+from mscclpp_ep.cli import machine, packages
 from mscclpp_ep.cli.launch import Rank, RankError, run_ranks
+from mscclpp_ep.cli.problems import files_needed, find_problems
 from mscclpp_ep.cli.report import size
 
-_FRAMEWORKS = ("numpy", "ml_dtypes", "torch", "jax", "cupy", "mpi4py")
 _TIMEOUT_S = 30.0
-# Each rank holds a memory file and a socket for each other rank, and a few of its own.
-_FEW_FILES = 256
-_LITTLE_MEMORY = 512 << 20
+# Parts that a build may lack, and why this one does.
+_PARTS = {
+    "cuda": "this version has no CUDA backend; buffers are on the CPU",
+    "mscclpp": "only ranks of several hosts need it, which this version does not serve",
+    "ucx": "only ranks of several hosts need it, which this version does not serve",
+}
 
 
-def examine() -> dict[str, Any]:
-    """Return the whole report; it can be written as JSON."""
+def examine(ranks: int = 2, root: Path = machine.ROOT) -> dict[str, Any]:
+    """Return the whole report; it can be written as JSON.
+
+    Args:
+        ranks: how many processes take part in the self-test, and are to find room.
+        root: where /proc and /sys are.
+    """
+    built = ep.build_info()
     report: dict[str, Any] = {
-        "built": ep.build_info(),
-        "machine": _machine(),
-        "frameworks": {name: _version(name) for name in _FRAMEWORKS},
-        "self_test": _self_test(),
+        "ranks": ranks,
+        "built": built,
+        "not_built": {part: why for part, why in _PARTS.items() if built[part] == "no"},
+        "machine": examine_machine(ranks, root),
+        "frameworks": packages.versions(),
+        "mpi": packages.mpi(),
+        "variables": packages.variables(),
+        "self_test": _self_test(ranks),
     }
     report["problems"] = find_problems(report)
     return report
 
 
-def _machine() -> dict[str, Any]:
+def examine_machine(ranks: int, root: Path = machine.ROOT) -> dict[str, Any]:
+    """Return what the machine has, and what limits this process."""
+    files = machine.open_files()
     return {
         "cores": machine.cores(),
-        "memory": machine.memory_total(),
-        "memory_available": machine.memory_available(),
-        "cgroup_memory_limit": machine.cgroup_memory_limit(),
+        "cgroup_cores": machine.cgroup_cores(root),
+        "numa_nodes": machine.numa_nodes(root),
+        "numa_balancing": machine.numa_balancing(root),
+        "memory": machine.memory_total(root),
+        "memory_available": machine.memory_available(root),
+        "cgroup_memory_limit": machine.cgroup_memory_limit(root),
+        "cgroup_processes_left": machine.cgroup_processes_left(root),
+        "open_files": files,
         "open_files_limit": machine.limit_of(resource.RLIMIT_NOFILE),
+        "open_files_needed": files_needed(ranks, files),
+        "address_space_limit": machine.limit_of(resource.RLIMIT_AS),
         "locked_memory_limit": machine.limit_of(resource.RLIMIT_MEMLOCK),
         "shared_memory_error": machine.shared_memory_error(),
     }
 
 
-def _version(name: str) -> str | None:
-    """Return the installed version of a package, which is not imported."""
+def _self_test(ranks: int) -> dict[str, Any]:
     try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _self_test() -> dict[str, Any]:
-    try:
-        rows: list[int] = run_ranks(exchange, None, 2, timeout=2 * _TIMEOUT_S)
+        rows: list[int] = run_ranks(exchange, None, ranks, timeout=2 * _TIMEOUT_S)
     except RankError as error:
         return {"passed": False, "error": str(error) + "\n" + error.details}
     return {"passed": True, "rows": sum(rows)}
@@ -94,56 +108,26 @@ def exchange(rank: Rank, _config: None) -> int:
         return len(recv_x)
 
 
-def find_problems(report: dict[str, Any]) -> list[dict[str, str]]:
-    """Return what is wrong, each with what to do about it, the worst first."""
-    found = report["machine"]
-    problems: list[tuple[str, str]] = []
-    if error := found["shared_memory_error"]:
-        problems.append(
-            (
-                f"ranks of this host cannot share memory: {error}",
-                "allow memfd_create and abstract Unix sockets: they may be denied by a seccomp "
-                "profile or by the sandbox of a container; ranks as threads of one process work",
-            )
-        )
-    if not report["self_test"]["passed"]:
-        message = report["self_test"]["error"].strip().splitlines()[0]
-        problems.append((f"the self-test failed: {message}", "see its output above"))
-    available = found["memory_available"]
-    if available is not None and available < _LITTLE_MEMORY:
-        problems.append(
-            (
-                f"only {size(available)} of memory are available",
-                "end other programs, raise the container's limit or pass a small max_arena_bytes "
-                "to Buffer",
-            )
-        )
-    files = found["open_files_limit"]
-    if files is not None and files < _FEW_FILES:
-        problems.append(
-            (
-                f"a process may open only {files} files",
-                "raise the limit with: ulimit -n 4096",
-            )
-        )
-    return [{"problem": problem, "advice": advice} for problem, advice in problems]
-
-
 def print_report(console: Console, report: dict[str, Any]) -> None:
     """Print a report for people."""
     sections = {
         "Built": report["built"],
+        "Left out": report["not_built"],
         "Machine": {
             key.replace("_", " "): _readable(key, value) for key, value in report["machine"].items()
         },
         "Packages": report["frameworks"],
+        "MPI": report["mpi"],
+        "Environment": report["variables"],
     }
     for title, entries in sections.items():
+        if not entries:
+            continue
         console.print(f"[bold]{title}[/]")
         for key, value in entries.items():
             console.print(f"  {key:22} {_word(value)}", markup=False)
     test = report["self_test"]
-    console.print("[bold]Self-test[/]: two processes, dispatch and combine")
+    console.print(f"[bold]Self-test[/]: {report['ranks']} processes, dispatch and combine")
     if test["passed"]:
         console.print(f"  [green]passed[/], {test['rows']} rows")
     else:
@@ -159,16 +143,22 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
 def _readable(key: str, value: Any) -> Any:
     if key == "shared_memory_error":
         return value or "none"
+    if key == "numa_nodes":
+        return ", ".join(f"{node} ({cores} cores)" for node, cores in value.items()) or "unknown"
+    if key == "locked_memory_limit":
+        return f"{_quantity(key, value)} (not needed on the CPU)"
+    return _quantity(key, value)
+
+
+def _quantity(key: str, value: Any) -> Any:
     if value is None:
-        return "unlimited" if "limit" in key else "unknown"
-    return size(value) if "memory" in key else value
+        return "unlimited" if "limit" in key or "cgroup" in key else "unknown"
+    return size(value) if "memory" in key or "address" in key else value
 
 
 def _word(value: Any) -> str:
     if value is None:
-        return "not installed"
+        return "not found"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
     return str(value)

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <exception>
 #include <optional>
 
@@ -16,6 +17,7 @@
 #include "cpu/rounds.hpp"
 #include "transport/memory_limit.hpp"
 #include "transport/shared_memory.hpp"
+#include "transport/trace.hpp"
 
 namespace mscclpp_ep {
 namespace cpu {
@@ -29,15 +31,25 @@ constexpr int kMostDefaultThreads = 16;
 class CpuBackend final : public Backend, public std::enable_shared_from_this<CpuBackend> {
  public:
   CpuBackend(std::unique_ptr<Transport> transport, std::unique_ptr<Workers> workers,
-             const BufferOptions& options, std::uint64_t bufferId)
+             std::unique_ptr<Trace> trace, const BufferOptions& options, std::uint64_t bufferId)
       : transport_(std::move(transport)),
         mailbox_(*transport_, Lane::highThroughput, options.firstEpoch),
         arena_(*transport_,
                static_cast<std::size_t>(std::min(options.arenaBytes, kMostInitialArenaBytes)),
                static_cast<std::size_t>(options.maxArenaBytes)),
         workers_(std::move(workers)),
-        context_{*transport_,         mailbox_, arena_,   pool_, *workers_,
-                 rowKernels(),        stats_,   bufferId, 0,     Lane::highThroughput,
+        trace_(std::move(trace)),
+        context_{*transport_,
+                 mailbox_,
+                 arena_,
+                 pool_,
+                 *workers_,
+                 rowKernels(),
+                 stats_,
+                 *trace_,
+                 bufferId,
+                 0,
+                 Lane::highThroughput,
                  options.enableShrink},
         lanes_{{context_, Lane::lowLatency0, options.firstEpoch},
                {context_, Lane::lowLatency1, options.firstEpoch}},
@@ -82,6 +94,14 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
  private:
   friend struct CpuPending;
 
+  /// Ends the operation in the trace with the call that ends it.
+  struct TracedCall {
+    ~TracedCall() {
+      if (!backend.begun_) backend.trace_->endOperation();
+    }
+    CpuBackend& backend;
+  };
+
   /// Runs one step of an operation. An error that every rank sees alike passes; any other ends the
   /// buffer, and the peers are told.
   template <typename Step>
@@ -103,6 +123,7 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
   Arena arena_;
   HostPool pool_;
   std::unique_ptr<Workers> workers_;
+  std::unique_ptr<Trace> trace_;
   BufferStats stats_;
   Context context_;
   LowLatencyLane lanes_[2];
@@ -134,6 +155,7 @@ struct CpuPending final : PendingState {
 template <typename Step>
 auto CpuBackend::run(const char* operation, const Step& step) {
   requireUsable();
+  const TracedCall traced{*this};
   const FloatingPointModes modes;
   try {
     return step();
@@ -153,6 +175,7 @@ auto CpuBackend::run(const char* operation, const Step& step) {
 void CpuBackend::beginEpoch(const char* operation) {
   context_.epoch = nextEpoch_++;
   transport_->beginOperation(operation, context_.epoch);
+  trace_->beginOperation(operation, context_.epoch);
 }
 
 /// Memory and sockets are shared with a forked child, which would speak in its parent's name.
@@ -232,11 +255,13 @@ void CpuBackend::beginLowLatencyEpoch(const char* operation) {
   LowLatencyLane& lane = nextLane();
   lane.context.epoch = nextLowLatencyEpoch_++;
   transport_->beginOperation(operation, lane.context.epoch);
+  trace_->beginOperation(operation, lane.context.epoch);
 }
 
 template <typename Request, typename Send>
 std::shared_ptr<ReceiveState> CpuBackend::sendLowLatency(const char* name, Operation operation,
                                                          Request request, const Send& send) {
+  EP_EXPECTS(!begun_, "a dispatch was begun and is not finished; finish it first");
   LowLatencyLane& lane = nextLane();
   EP_EXPECTS(!lane.busy,
              "two low-latency operations are sent and not received; call the hook of one first");
@@ -264,6 +289,7 @@ void CpuBackend::receive(ReceiveState& state) {
   pending.lane.busy = false;
   run(pending.name(), [&] {
     transport_->beginOperation(pending.name(), pending.epoch);
+    trace_->beginOperation(pending.name(), pending.epoch);
     try {
       pending.receive();
       // A rank that gave up may have let its memory be overwritten, also what was read already.
@@ -340,6 +366,15 @@ void CpuBackend::destroy() {
   transport_->leave();
 }
 
+/// Off if no file is named. A rank that is refused makes none.
+std::unique_ptr<Trace> openTrace(BufferOptions& options, const Bootstrap& bootstrap,
+                                 std::uint64_t bufferId) {
+  const char* fromEnvironment = std::getenv("MSCCLPP_EP_TRACE");
+  if (options.trace.empty() && fromEnvironment != nullptr) options.trace = fromEnvironment;
+  if (options.trace.empty()) return std::make_unique<Trace>();
+  return std::make_unique<Trace>(options.trace, bootstrap.rank(), bootstrap.size(), bufferId);
+}
+
 }  // namespace
 }  // namespace cpu
 
@@ -359,9 +394,11 @@ std::shared_ptr<Backend> makeCpuBackend(Bootstrap& bootstrap, const Admission& a
   options.ranksPerDomain = ranks;
 
   std::unique_ptr<cpu::Workers> workers;
+  auto trace = std::make_unique<Trace>();
   std::exception_ptr failure;
   try {
     workers = std::make_unique<cpu::Workers>(options.numThreads);
+    if (admission.refusal.empty()) trace = cpu::openTrace(options, bootstrap, bufferId);
   } catch (const Error& error) {
     failure = std::current_exception();
     transportOptions.connect.refusal = error.what();
@@ -373,8 +410,8 @@ std::shared_ptr<Backend> makeCpuBackend(Bootstrap& bootstrap, const Admission& a
     if (failure != nullptr) std::rethrow_exception(failure);
     throw;
   }
-  return std::make_shared<cpu::CpuBackend>(std::move(transport), std::move(workers), options,
-                                           bufferId);
+  return std::make_shared<cpu::CpuBackend>(std::move(transport), std::move(workers),
+                                           std::move(trace), options, bufferId);
 }
 
 }  // namespace mscclpp_ep

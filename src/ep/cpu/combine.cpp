@@ -69,6 +69,8 @@ class RowReducer {
   void bindSource(std::size_t rank, const CombineEntry& entry);
   bool stageSome();
   void reduceAll();
+  void awaitTokens(std::int64_t end);
+  void reduceStep(std::int64_t begin, std::int64_t end);
   Awaited notReady(std::int64_t end) const;
   bool tokensReady(std::int64_t end) const { return notReady(end).ranks.empty(); }
   void reduceTokens(std::int64_t begin, std::int64_t end) const;
@@ -179,6 +181,7 @@ void RowReducer::bindSource(std::size_t rank, const CombineEntry& entry) {
 /// Copies the next rows for each of the others. False if none are left.
 bool RowReducer::stageSome() {
   if (staging_ == nullptr) return false;
+  const TraceScope scope(context_.trace, "stage rows");
   const auto* input = static_cast<const std::byte*>(request_.inputs.x.data);
   bool more = false;
   for (std::size_t r = 0; r < sources_.size(); ++r) {
@@ -207,13 +210,24 @@ void RowReducer::reduceAll() {
   for (std::int64_t begin = 0; begin < handle_.numTokens; begin += step) {
     const std::int64_t end = std::min(begin + step, handle_.numTokens);
     while (staging && !tokensReady(end)) staging = stageSome();
-    context_.transport.wait([&] { return tokensReady(end); }, [&] { return notReady(end); });
-    context_.workers.run(end - begin, kTokensPerPart, [&](std::int64_t from, std::int64_t to) {
-      reduceTokens(begin + from, begin + to);
-    });
+    awaitTokens(end);
+    reduceStep(begin, end);
     if (staging) staging = stageSome();
   }
   while (staging) staging = stageSome();
+}
+
+void RowReducer::awaitTokens(std::int64_t end) {
+  if (tokensReady(end)) return;
+  const TraceScope scope(context_.trace, "await rows");
+  context_.transport.wait([&] { return tokensReady(end); }, [&] { return notReady(end); });
+}
+
+void RowReducer::reduceStep(std::int64_t begin, std::int64_t end) {
+  const TraceScope scope(context_.trace, "reduce");
+  context_.workers.run(end - begin, kTokensPerPart, [&](std::int64_t from, std::int64_t to) {
+    reduceTokens(begin + from, begin + to);
+  });
 }
 
 /// The ranks of which rows of the tokens before `end` cannot be read yet.
@@ -270,6 +284,7 @@ void RowReducer::reduceToken(std::int64_t token, std::vector<const void*>& rows,
 
 /// Returns when nobody reads this rank's memory any more.
 void RowReducer::finish() {
+  const TraceScope scope(context_.trace, "await readers");
   for (int peer = 0; peer < context_.size(); ++peer) {
     if (peer == context_.rank()) continue;
     // Every combine writes every word, so that none is old enough to be taken for a new one.

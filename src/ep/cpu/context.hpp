@@ -14,6 +14,7 @@
 #include "mscclpp_ep/buffer.hpp"
 #include "mscclpp_ep/error.hpp"
 #include "transport/mailbox.hpp"
+#include "transport/trace.hpp"
 #include "transport/transport.hpp"
 
 namespace mscclpp_ep::cpu {
@@ -27,6 +28,7 @@ struct Context {
   Workers& workers;
   const RowKernels& kernels;
   BufferStats& stats;
+  Trace& trace;
   std::uint64_t bufferId = 0;
   std::uint64_t epoch = 0;  ///< of the current operation
   Lane lane = Lane::highThroughput;
@@ -34,8 +36,8 @@ struct Context {
 
   /// The same parts, on a lane with a mailbox of its own.
   Context onLane(Mailbox& itsMailbox, Lane which) const {
-    return {transport, itsMailbox, arena, pool,  workers, kernels,
-            stats,     bufferId,   0,     which, shrink};
+    return {transport, itsMailbox, arena,    pool, workers, kernels,
+            stats,     trace,      bufferId, 0,    which,   shrink};
   }
 
   int rank() const { return transport.rank(); }

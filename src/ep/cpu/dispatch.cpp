@@ -66,6 +66,8 @@ class RowMover {
   void sendRows();
   void sendTokens(std::int64_t begin, std::int64_t end);
   std::int64_t rowsAmong(std::size_t rank, std::int64_t numTokens) const;
+  template <typename Room>
+  void awaitRoom(const Room& room, std::int64_t numTokens);
   Awaited withoutRoom(std::int64_t numTokens) const;
   void raisePushed(std::int64_t sentTokens);
   void awaitRows();
@@ -121,6 +123,7 @@ void RowMover::bindOutputs(const DispatchOutputs& outputs) {
 }
 
 const std::vector<Message>& RowMover::publish() {
+  const TraceScope scope(context_.trace, "publish");
   std::vector<Message> outgoing;
   for (std::size_t r = 0; r < numRanks(); ++r) {
     DispatchPublish publication;
@@ -180,13 +183,14 @@ void RowMover::bindTarget(std::size_t rank, const DispatchPublish& publication) 
 }
 
 void RowMover::sendRows() {
+  const TraceScope scope(context_.trace, "send rows");
   for (std::int64_t sent = 0; sent < request_.numTokens;) {
     const std::int64_t end = std::min(sent + step_, request_.numTokens);
     const auto room = [&] {
       landing_.takeArrived();
       return withoutRoom(end).ranks.empty();
     };
-    context_.transport.wait(room, [&] { return withoutRoom(end); });
+    awaitRoom(room, end);
     context_.workers.run(end - sent, kTokensPerPart, [&](std::int64_t from, std::int64_t to) {
       sendTokens(sent + from, sent + to);
     });
@@ -194,6 +198,13 @@ void RowMover::sendRows() {
     raisePushed(sent);
   }
   if (request_.numTokens == 0) raisePushed(0);
+}
+
+template <typename Room>
+void RowMover::awaitRoom(const Room& room, std::int64_t numTokens) {
+  if (room()) return;
+  const TraceScope scope(context_.trace, "await room");
+  context_.transport.wait(room, [&] { return withoutRoom(numTokens); });
 }
 
 /// The ranks that have not yet copied out enough rows for those of the tokens before `numTokens`.
@@ -243,6 +254,7 @@ void RowMover::raisePushed(std::int64_t sentTokens) {
 }
 
 void RowMover::awaitRows() {
+  const TraceScope scope(context_.trace, "await rows");
   const auto missing = [&] {
     Awaited late{{}, "the rows"};
     for (std::size_t r = 0; r < numRanks(); ++r) {

@@ -44,6 +44,7 @@ void addCounts(const Message& message, std::size_t offset, std::vector<std::int6
 
 void exchangeLongCounts(Context& context, const std::vector<std::vector<std::int32_t>>& counts,
                         std::vector<std::int64_t>& sums) {
+  const TraceScope scope(context.trace, "counts");
   std::vector<Message> outgoing;
   for (const auto& part : counts) {
     const auto bytes = std::as_bytes(std::span(part));

@@ -78,6 +78,7 @@ bool Landing::takeArrived() {
 
 /// Rows `begin` to `end` of those from a rank, which are in its ring.
 void Landing::copyOut(std::size_t rank, std::int64_t begin, std::int64_t end) {
+  const TraceScope scope(context_.trace, "copy out");
   const std::int64_t ring = ringRows_[rank];
   context_.workers.run(end - begin, kRowsPerPart, [&](std::int64_t from, std::int64_t to) {
     for (std::int64_t row = begin + from; row < begin + to;) {

@@ -16,6 +16,7 @@ void Staging::reserve(std::size_t bytes) {
 
 void LowLatencyLane::awaitReaders() {
   if (stagedEpoch == 0) return;
+  const TraceScope scope(context.trace, "await readers");
   const auto late = [&] {
     Awaited readers{{}, "the reading of what was sent before"};
     for (int peer = 0; peer < context.size(); ++peer) {

@@ -133,6 +133,7 @@ void CombineReceive::post() {
 }
 
 const std::vector<Message>& CombineReceive::collect() {
+  const TraceScope scope(context_.trace, "await entries");
   const auto& entries = context_.mailbox.collect(epoch, static_cast<std::uint32_t>(Round::entry),
                                                  "the entry into the operation");
   requireEntries(context_, entries);
@@ -175,6 +176,7 @@ void CombineReceive::bindRows(const std::vector<Message>& entries) {
 
 /// The next rank's rows first, so that not all wait for the same one.
 void CombineReceive::stageRows() {
+  const TraceScope scope(context_.trace, "stage sums");
   for (std::size_t step = 1; step <= numRanks(); ++step) {
     const std::size_t r = (self() + step) % numRanks();
     if (context_.masked(r)) continue;
@@ -220,6 +222,7 @@ void CombineReceive::stagePartialSum(const std::int32_t* slots, const float* wei
 void CombineReceive::receive() {
   if (!collected_) collect();
   awaitRows();
+  const TraceScope scope(context_.trace, "reduce");
   context_.workers.run(state_.numTokens, kTokensPerPart, [&](std::int64_t begin, std::int64_t end) {
     std::vector<const void*> rows;
     std::vector<float> weights;
@@ -228,6 +231,7 @@ void CombineReceive::receive() {
 }
 
 void CombineReceive::awaitRows() {
+  const TraceScope scope(context_.trace, "await rows");
   const WaitClock clock(request_.outputs.waitStats);
   std::vector<bool> here(numRanks());
   here[self()] = true;

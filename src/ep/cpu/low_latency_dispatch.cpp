@@ -62,6 +62,7 @@ class DispatchReceive final : public LowLatencyReceive {
 
  private:
   LowLatencyDispatchEntry reserve();
+  const std::vector<Message>& collect();
   void stageTokens();
   void stageToken(std::int64_t token);
   void stageChoices();
@@ -118,6 +119,7 @@ LowLatencyDispatchEntry DispatchReceive::reserve() {
 }
 
 void DispatchReceive::stageTokens() {
+  const TraceScope scope(context_.trace, "stage tokens");
   stageChoices();
   context_.workers.run(numTokens(), kTokensPerPart, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t token = begin; token < end; ++token) stageToken(token);
@@ -176,9 +178,7 @@ void DispatchReceive::beginHandle() {
 }
 
 void DispatchReceive::receive() {
-  const WaitClock clock(request_.outputs.waitStats);
-  const auto& entries = context_.mailbox.collect(epoch, static_cast<std::uint32_t>(Round::entry),
-                                                 "the tokens", [&](int rank) { clock.add(rank); });
+  const auto& entries = collect();
   requireEntries(context_, entries);
   std::vector<StagedTokens> sources;
   for (int r = 0; r < context_.size(); ++r) {
@@ -188,8 +188,16 @@ void DispatchReceive::receive() {
                                       : locate(r, decode<LowLatencyDispatchEntry>(message)));
   }
   place(sources);
+  const TraceScope scope(context_.trace, "fetch rows");
   for (std::size_t r = 0; r < sources.size(); ++r) fetchRows(r, sources[r]);
   handle->complete = true;
+}
+
+const std::vector<Message>& DispatchReceive::collect() {
+  const TraceScope scope(context_.trace, "await tokens");
+  const WaitClock clock(request_.outputs.waitStats);
+  return context_.mailbox.collect(epoch, static_cast<std::uint32_t>(Round::entry), "the tokens",
+                                  [&](int rank) { clock.add(rank); });
 }
 
 StagedTokens DispatchReceive::locate(int rank, const LowLatencyDispatchEntry& entry) const {

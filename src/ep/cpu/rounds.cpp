@@ -21,6 +21,7 @@ void throwRefusalOfOneGone(const Context& context) {
 
 const std::vector<Message>& exchangeEntries(Context& context,
                                             const std::vector<Message>& outgoing) {
+  const TraceScope scope(context.trace, "entry");
   const auto exchange = [&]() -> const std::vector<Message>& {
     try {
       return context.mailbox.exchange(context.epoch, static_cast<std::uint32_t>(Round::entry),

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "mscclpp_ep/stream.hpp"
@@ -13,7 +14,7 @@
 namespace mscclpp_ep {
 
 /// How a Buffer is made. Every rank of a group gives the same values, except for `device`'s index,
-/// `numThreads`, the arena's sizes and `pollInterrupt`.
+/// `numThreads`, the arena's sizes, `trace` and `pollInterrupt`.
 struct BufferOptions {
   Device device;
 
@@ -43,6 +44,11 @@ struct BufferOptions {
 
   /// Checks each row's checksum and sequence tag on arrival. Not built yet.
   bool integrityCheck = false;
+
+  /// A file to which this rank appends the phases of each operation, as a trace for
+  /// ui.perfetto.dev or chrome://tracing; ranks may share it. Empty: the value of MSCCLPP_EP_TRACE
+  /// in the environment, or none.
+  std::string trace;
 
   /// Called about every 50 ms by the thread that waits; what it throws ends the wait, after which
   /// the buffer can only be destroyed.
