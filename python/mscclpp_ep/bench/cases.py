@@ -140,4 +140,5 @@ class Case:
         times = self.in_rank[self.rank, : self.counts[self.rank]].sum(axis=1, keepdims=True)
         total = self.tokens_of(self.rank).view(BFLOAT16).astype(np.float32)
         total *= times.astype(np.float32)
+        total += 0  # a token sent to none gives zero, not minus zero
         return rounded(total)

@@ -119,7 +119,8 @@ class LowLatency:
 
 def quantized(tokens: Bits) -> tuple[Bytes, Floats]:
     """E4M3 [T, H] as bytes and scales [T, H / 128], as DeepEP defines them."""
-    groups = tokens.view(BFLOAT16).astype(np.float32).reshape(len(tokens), -1, FP8_GROUP)
+    shape = (len(tokens), tokens.shape[1] // FP8_GROUP, FP8_GROUP)
+    groups = tokens.view(BFLOAT16).astype(np.float32).reshape(shape)
     most = np.maximum(np.abs(groups).max(axis=2), _LEAST_AMAX)
     scaled = groups * (_FP8_MOST / most)[:, :, np.newaxis]
     values = np.clip(scaled, -_FP8_MOST, _FP8_MOST).astype(_FP8)

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""The program that `mpirun` starts: `python -m mscclpp_ep.bench.mpi_rank FOLDER`.
+"""The program that `mpirun` starts: `python -m mscclpp_ep.bench.mpi_rank FOLDER PROCESS`.
 
-The folder has the settings; each rank leaves there what it measured, or what went wrong.
+The folder has the settings; each rank leaves there what it measured, or what went wrong. It ends
+with the process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
+import select
 import sys
 import threading
 from pathlib import Path
@@ -27,11 +30,10 @@ def spans_file(folder: Path, rank: int) -> Path:
     return folder / f"spans{rank}"
 
 
-def _end_with_parent() -> None:
-    """Ends the job once its standard input does: whoever began it is gone."""
-    # Without sys.stdin, whose lock Python would wait for at its own end.
-    while os.read(0, 1):
-        pass
+def _end_with(process: int) -> None:
+    """Ends this rank once the process that started mpirun is gone, which mpirun does not notice."""
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(process)], [], [])
     os._exit(1)
 
 
@@ -41,8 +43,7 @@ def main() -> None:
 
     folder = Path(sys.argv[1])
     rank, size = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
-    if rank == 0:  # the one to which mpirun gives its standard input
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(int(sys.argv[2]),), daemon=True).start()
     settings = pickle.loads((folder / SETTINGS).read_bytes())
     if size != settings.ranks:
         sys.exit(f"{size} ranks were started, not {settings.ranks}")

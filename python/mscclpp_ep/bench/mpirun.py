@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from mscclpp_ep.bench.checks import WrongResultError
 from mscclpp_ep.bench.mpi_rank import SETTINGS, WRONG, spans_file
+from mscclpp_ep.cli.launch import sigterm_raises
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,7 +70,7 @@ def run(settings: Settings, on_step: Callable[[], None]) -> list[dict[Key, list[
         MpiError: it could not be started, failed, or made no progress for five minutes.
         WrongResultError: it did not compute what it should.
     """
-    with tempfile.TemporaryDirectory(prefix="mscclpp_ep-") as name:
+    with tempfile.TemporaryDirectory(prefix="mscclpp_ep-") as name, sigterm_raises():
         folder = Path(name)
         (folder / SETTINGS).write_bytes(pickle.dumps(settings))
         with (folder / "errors").open("w+b") as errors:
@@ -89,7 +90,7 @@ def run(settings: Settings, on_step: Callable[[], None]) -> list[dict[Key, list[
 def _wait_for(settings: Settings, folder: Path, errors: int, on_step: Callable[[], None]) -> None:
     launcher = _launcher()
     assert launcher is not None
-    program = (sys.executable, "-m", "mscclpp_ep.bench.mpi_rank", str(folder))
+    program = (sys.executable, "-m", "mscclpp_ep.bench.mpi_rank", str(folder), str(os.getpid()))
     with _process([launcher, "-n", str(settings.ranks), *program], settings, errors) as process:
         assert process.stdout is not None
         with selectors.DefaultSelector() as selector:
@@ -112,14 +113,14 @@ def _wait_for(settings: Settings, folder: Path, errors: int, on_step: Callable[[
 def _process(
     command: list[str], settings: Settings, errors: int
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that does not outlive the block, nor, by its standard input, this process."""
+    """A process that does not outlive the block."""
     threads = dict.fromkeys(
         ("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(settings.threads)
     )
     try:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
             env=_ENVIRONMENT | threads | os.environ,

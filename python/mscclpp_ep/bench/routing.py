@@ -90,7 +90,7 @@ def read_routing(path: Path) -> Routing:
 def _read_file(path: Path, parts: _Parts) -> tuple[int, int]:
     """Adds the arrays of a file to `parts`; returns the numbers of ranks and experts."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: np.asarray(file[name]) for name in file.files}
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
