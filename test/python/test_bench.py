@@ -145,6 +145,18 @@ def test_a_peer_that_is_not_installed_is_named(tmp_path):
     assert figures["chained"] == []
 
 
+def test_both_modes_are_measured_if_they_are_built(tmp_path):
+    done, figures = bench(tmp_path, "--tokens=20", "--ll-tokens=16", "--peers=none")
+    assert done.returncode == 0, done.stderr
+    modes = {"ht", "ll"} if "ll mode" not in figures["not_measured"] else {"ht"}
+    assert set(figures["config"]) == set(figures["limits"]) == modes
+    found = {(row["mode"], row["op"], row["tokens"]) for row in figures["results"]}
+    tokens = {"ht": 20, "ll": 16}
+    assert found == {(mode, op, tokens[mode]) for mode in modes for op in ("dispatch", "combine")}
+    if "ll" not in modes:
+        assert "is not in this version" in figures["not_measured"]["ll mode"]
+
+
 def test_a_mode_that_is_not_built_is_an_error():
     done = run("bench", *SMALL, "--mode=ll", program=without())
     assert done.returncode == 1

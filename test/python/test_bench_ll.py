@@ -27,7 +27,7 @@ FIELDS = {
 
 def measure(folder, monkeypatch, ranks, spoil=lambda op, array: None, threads=1, **changes):
     settings = Settings(**(FIELDS | {"ranks": ranks, "threads": threads} | changes))
-    monkeypatch.setattr(ll, "_make", lambda group, settings, ranks: StandIn(group, spoil))
+    monkeypatch.setattr(ll, "_make", lambda group, settings: StandIn(group, spoil))
 
     def body(group):
         clock = Clock(SpinBarrier(folder / "barrier", group.rank, ranks), settings)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -30,21 +31,20 @@ _TIMEOUT_S = 60.0
 
 def why_not(settings: Settings) -> str | None:
     """Why the mode cannot be measured here; None if it can. One rank alone tries it."""
+    small = dataclasses.replace(settings, ranks=1, experts=1, tokens=4, hidden=FP8_GROUP)
     try:
-        with _make(ep.Group.local(1)[0], settings, ranks=1) as buffer:
-            x = np.zeros((1, settings.hidden), BFLOAT16)
+        with _make(ep.Group.local(1)[0], small) as buffer:
+            x = np.zeros((1, small.hidden), BFLOAT16)
             choices = np.zeros((1, 1), np.int64)
-            buffer.low_latency_dispatch(
-                x, choices, settings.tokens, settings.experts, use_fp8=False
-            )
+            buffer.low_latency_dispatch(x, choices, small.tokens, small.experts, use_fp8=False)
     except ep.NotBuilt as error:
         return str(error)
     return None
 
 
-def _make(group: ep.Group, settings: Settings, ranks: int) -> Any:
+def _make(group: ep.Group, settings: Settings) -> Any:
     needed = ep.Buffer.get_low_latency_rdma_size_hint(
-        settings.tokens, settings.hidden, ranks, settings.experts
+        settings.tokens, settings.hidden, settings.ranks, settings.experts
     )
     return ep.Buffer(
         group,
@@ -65,7 +65,7 @@ class LowLatency:
     def __init__(self, group: ep.Group, clock: Clock, settings: Settings) -> None:
         self._clock = clock
         self._settings = settings
-        self._buffer = _make(group, settings, settings.ranks)
+        self._buffer = _make(group, settings)
 
     def destroy(self) -> None:
         """Leaves the group; collective."""
@@ -88,8 +88,9 @@ class LowLatency:
             return self._clock.measure((case.tokens, OURS, op), call, iterations)
 
         recv_x, recv_count, handle, _, _ = measure(DISPATCH, dispatch)
-        _check_rows(DISPATCH, case, recv_x.view(np.uint8), recv_count)
-        output = self._experts(case, recv_x.view(np.uint16))
+        received = recv_x.view(np.uint8)
+        _check_rows(DISPATCH, case, recv_count, lambda e, count: received[e, :count])
+        output = self._experts(case, recv_x.view(np.uint16), recv_count)
         combined = measure(COMBINE, lambda: combine(output, handle))
         _check_sums(COMBINE, case, combined, negated=True)
         if not thorough:
@@ -97,9 +98,13 @@ class LowLatency:
         del recv_x
         if self._settings.hidden % FP8_GROUP == 0:
             (rows, scales), recv_count, _, _, _ = measure(FP8_DISPATCH, lambda: dispatch(True))
-            scale_bytes = np.ascontiguousarray(scales).view(np.uint8)
-            both = np.concatenate([rows.view(np.uint8), scale_bytes], axis=2)
-            _check_rows(FP8_DISPATCH, case, both, recv_count)
+            values = rows.view(np.uint8)
+
+            def sent(e: int, count: int) -> Bytes:
+                scale_bytes = np.ascontiguousarray(scales[e, :count]).view(np.uint8)
+                return np.concatenate([values[e, :count], scale_bytes], axis=1)
+
+            _check_rows(FP8_DISPATCH, case, recv_count, sent)
         if self._settings.chain:
 
             def pair() -> Any:
@@ -109,11 +114,14 @@ class LowLatency:
             combined = self._clock.measure_chain((case.tokens, OURS, CHAINED), pair)
             _check_sums(CHAINED, case, combined, negated=False)
 
-    def _experts(self, case: Case, received: Bits) -> Any:
+    def _experts(self, case: Case, received: Bits, counts: Any) -> Any:
         """[L, R * M, H]: the rows received, negated for experts of odd number."""
         first = case.rank * self._settings.experts_held
-        output = received.copy()
-        output[1 - first % 2 :: 2] ^= _SIGN
+        # Not a copy of everything: memory that nothing came to need not be there at all.
+        output = np.empty_like(received)
+        for e, count in enumerate(counts.tolist()):
+            sign = _SIGN if (first + e) % 2 == 1 else np.uint16(0)
+            np.bitwise_xor(received[e, :count], sign, out=output[e, :count])
         return output.view(BFLOAT16)
 
 
@@ -127,8 +135,11 @@ def quantized(tokens: Bits) -> tuple[Bytes, Floats]:
     return values.view(np.uint8).reshape(tokens.shape), most * (np.float32(1) / _FP8_MOST)
 
 
-def _check_rows(op: str, case: Case, rows: Bytes, counts: Any) -> None:
-    """Compares what each expert got, in any order, with what it should get."""
+def _check_rows(op: str, case: Case, counts: Any, rows_of: Callable[[int, int], Bytes]) -> None:
+    """Compares what each expert got, in any order, with what it should get.
+
+    `rows_of`: the first so many rows of a local expert.
+    """
     first = case.rank * case.settings.experts_held
     held = range(first, min(first + case.settings.experts_held, case.settings.experts))
     sources = range(case.settings.ranks)
@@ -136,7 +147,7 @@ def _check_rows(op: str, case: Case, rows: Bytes, counts: Any) -> None:
     choices = [case.choices_of(source) for source in sources]
     for expert in held:
         wanted = [sent[r][np.nonzero(choices[r] == expert)[0]] for r in sources]
-        given = rows[expert - first, : int(counts[expert - first])]
+        given = rows_of(expert - first, int(counts[expert - first]))
         require_same_rows(f"{OURS}: {op}, expert {expert}", given, np.concatenate(wanted))
 
 
