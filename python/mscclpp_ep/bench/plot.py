@@ -40,7 +40,7 @@ def check_plot(path: Path) -> None:
 
 
 def draw(results: list[Results], path: Path) -> None:
-    """Draws, for each mode, the rate of each system and the time of each number of tokens.
+    """Draws, for each mode, the time of each system, and of each number of tokens.
 
     Raises:
         OSError: the file cannot be written.
@@ -51,30 +51,33 @@ def draw(results: list[Results], path: Path) -> None:
     figure = Figure(figsize=(11, 4.5 * len(results)), layout="constrained")
     axes = figure.subplots(len(results), 2, squeeze=False)
     for (left, right), each in zip(axes, results, strict=True):
-        _draw_rates(left, each)
+        _draw_systems(left, each)
         _draw_ladder(right, each)
     figure.savefig(path, dpi=150)
 
 
-def _draw_rates(axes: Any, results: Results) -> None:
+def _draw_systems(axes: Any, results: Results) -> None:
+    # Times, as systems do not make equally many rows of the same tokens in LL mode.
     settings = results.settings
     rows = [row for row in results.rows if row.tokens == settings.tokens and row.name in _OPS]
     systems = list(dict.fromkeys(row.system for row in rows))
     width = _WIDTH / len(systems)
     for number, system in enumerate(systems):
-        rates = {row.op: row.logical_gbps or 0.0 for row in rows if row.system == system}
+        times = {row.op: row.median_us for row in rows if row.system == system}
         places = [place + (number + 0.5) * width - _WIDTH / 2 for place in range(len(_OPS))]
-        bars = axes.bar(places, [rates[op] for op in _OPS], width, label=system)
-        axes.bar_label(bars, fmt="%.1f", padding=2)
+        bars = axes.bar(places, [times[op] for op in _OPS], width, label=system)
+        axes.bar_label(bars, fmt="%.0f", padding=2)
     for place, op in enumerate(_OPS):
         ours = next(row for row in rows if row.system == OURS and row.op == op)
-        if ours.logical_bytes and ours.limit_us:
-            rate = ours.logical_bytes / ours.limit_us / 1e3
+        if ours.limit_us:
             ends = (place - _WIDTH / 2, place + _WIDTH / 2)
             label = "limit" if place == 0 else None
-            axes.plot(ends, (rate, rate), color="black", linestyle="--", label=label)
+            axes.plot(
+                ends, (ours.limit_us, ours.limit_us), color="black", linestyle="--", label=label
+            )
     axes.set_xticks(range(len(_OPS)), _OPS)
-    axes.set_ylabel("logical GB/s a rank")
+    axes.set_yscale("log")
+    axes.set_ylabel("median µs (less is better)")
     axes.set_title(f"{settings.mode}: {settings.ranks} ranks, {settings.tokens} tokens each")
     axes.legend()
 

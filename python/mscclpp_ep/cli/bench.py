@@ -282,10 +282,11 @@ def _check_output(path: Path | None) -> None:
 def _progress(steps: int) -> Iterator[Callable[[str], None]]:
     """Show, on standard error if it is a terminal, what is measured at the time."""
     columns = (TextColumn("{task.description:32}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors, transient=True) as progress:
+    # Drawn at steps only: a thread that draws all the time would take a core from what is measured.
+    with Progress(*columns, console=errors, transient=True, auto_refresh=False) as progress:
         bar = progress.add_task("start", total=steps + 1)
 
         def on_step(step: str) -> None:
-            progress.update(bar, advance=1, description=step)
+            progress.update(bar, advance=1, description=step, refresh=True)
 
         yield on_step
