@@ -76,10 +76,10 @@ def _draw_systems(axes: Any, results: Results) -> None:
                 ends, (ours.limit_us, ours.limit_us), color="black", linestyle="--", label=label
             )
     axes.set_xticks(range(len(_OPS)), _OPS)
-    axes.set_yscale("log")
+    axes.margins(y=0.1)
     axes.set_ylabel("median µs (less is better)")
     axes.set_title(f"{settings.mode}: {settings.ranks} ranks, {settings.tokens} tokens each")
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(systems) + 1)
 
 
 def _draw_ladder(axes: Any, results: Results) -> None:
