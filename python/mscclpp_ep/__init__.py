@@ -17,6 +17,7 @@ from mscclpp_ep.buffer import Buffer
 from mscclpp_ep.event import EventHandle, EventOverlap
 from mscclpp_ep.group import Group, GroupLike, as_group
 from mscclpp_ep.handle import DispatchHandle, LowLatencyHandle
+from mscclpp_ep.recording import record_routing
 
 __version__: str = build_info()["version"]
 
@@ -41,4 +42,5 @@ __all__ = [
     "__version__",
     "as_group",
     "build_info",
+    "record_routing",
 ]

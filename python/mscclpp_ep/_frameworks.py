@@ -16,6 +16,7 @@ Array: TypeAlias = Any
 _DTYPES: dict[str, _core.DataType] = {dtype.name: dtype for dtype in _core.DataType}
 # NumPy's __dlpack__ refuses the types that ml_dtypes adds; they pass as integers of their size.
 _INTEGERS = {1: np.uint8, 2: np.uint16}
+_FIRST_USER_TYPE = 256  # of NumPy's numbers of dtypes: those that it has not itself
 
 
 class Framework:
@@ -58,7 +59,8 @@ class _NumPy(Framework):
         super().__init__(np)
 
     def view(self, array: Array) -> _core.View:
-        if array.dtype.isbuiltin != 1:
+        # By its number, as `isbuiltin` is 0 for dtypes that came through pickle.
+        if array.dtype.num >= _FIRST_USER_TYPE or not array.dtype.isnative:
             known = _DTYPES.get(array.dtype.name) if array.dtype.isnative else None
             if known is None:
                 msg = f"an array of dtype {array.dtype} was given, which is not supported"

@@ -27,6 +27,7 @@ from mscclpp_ep._core import (
 from mscclpp_ep._frameworks import Array, Framework, framework_of
 from mscclpp_ep.event import EventHandle, EventOverlap
 from mscclpp_ep.handle import LowLatencyHandle
+from mscclpp_ep.recording import note_choices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +43,8 @@ class LowLatencyMethods:
     """
 
     _core: CoreBuffer
+    rank: int
+    group_size: int
     _or_refuse: Callable[[Operation, Callable[[], Any]], Any]
     _combine_input: Any = None
 
@@ -121,6 +124,7 @@ class LowLatencyMethods:
             Operation.low_latency_dispatch, convert
         )
         x_view, idx_view, weights_view, recv_stats, wait_stats = views
+        note_choices(self.rank, self.group_size, experts, topk_idx)
         sent = self._core.low_latency_dispatch(
             x_view, idx_view, weights_view, most, experts, quantization, recv_stats, wait_stats
         )

@@ -27,6 +27,7 @@ from mscclpp_ep._tuning import COMBINE_CHUNKS, DISPATCH_CHUNKS
 from mscclpp_ep.event import EventHandle, EventOverlap
 from mscclpp_ep.group import as_group
 from mscclpp_ep.handle import DispatchHandle
+from mscclpp_ep.recording import note_choices
 
 if TYPE_CHECKING:
     import os
@@ -332,6 +333,9 @@ class Buffer(LowLatencyMethods):
             self._core.abandon_dispatch(pending, str(error))
             raise
         finished = self._core.finish_dispatch(pending, *outputs)
+        if topk_idx is not None and num_tokens_per_expert is not None:
+            experts = int(num_tokens_per_expert.shape[0])
+            note_choices(self.rank, self.group_size, experts, topk_idx)
 
         exported = [
             None if tensor is None else framework.export(tensor, dtype_of(source))

@@ -182,5 +182,5 @@ def test_what_build_scripts_ask_needs_no_extra(without):
 def test_help_names_everything():
     done = run("--help")
     assert done.returncode == 0
-    for word in ("--version", "--cmake-dir", "--include-dir", "demo", "doctor"):
+    for word in ("--version", "--cmake-dir", "--include-dir", "bench", "demo", "doctor"):
         assert word in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,14 @@ def test_read_only_arrays_are_taken(buffer: ep.Buffer) -> None:
         recv.flags.writeable = False
         out, _, _ = buffer.combine(recv, handle)
         np.testing.assert_array_equal(out, x)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float32, ml_dtypes.bfloat16])
+def test_arrays_that_came_through_pickle_are_taken(buffer: ep.Buffer, dtype: Any) -> None:
+    x = pickle.loads(pickle.dumps(np.ones((4, 3), dtype)))
+    recv, *_ = buffer.dispatch(x, **routing(buffer, 4))
+    assert recv.dtype == dtype
+    np.testing.assert_array_equal(recv, x)
 
 
 @pytest.mark.parametrize(

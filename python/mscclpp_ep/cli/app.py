@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The commands, their options and their exit statuses.
-
-0: all is well. 1: a result is wrong or a rank failed. 2: the input cannot be used. 130: Ctrl-C.
-"""
+"""The commands and their options."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -15,12 +12,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import mscclpp_ep as ep
 from mscclpp_ep import _paths
-from mscclpp_ep.cli import InputError
 from mscclpp_ep.cli import demo as demos
 from mscclpp_ep.cli import doctor as doctors
-from mscclpp_ep.cli.launch import RankError
+from mscclpp_ep.cli.bench import bench
 from mscclpp_ep.cli.moe import Model
 from mscclpp_ep.cli.report import print_report
+from mscclpp_ep.cli.status import errors, exit_statuses
 from mscclpp_ep.cli.text import MOST_TOKENS, read_tokens
 
 app = typer.Typer(
@@ -30,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_errors = Console(stderr=True, soft_wrap=True, highlight=False)
+app.command()(bench)
 
 
 def _answer(text: Callable[[], object]) -> Callable[[bool], None]:
@@ -38,7 +35,7 @@ def _answer(text: Callable[[], object]) -> Callable[[bool], None]:
 
     def callback(given: bool) -> None:
         if given:
-            with _exit_statuses():
+            with exit_statuses():
                 typer.echo(text())
             raise typer.Exit
 
@@ -48,28 +45,6 @@ def _answer(text: Callable[[], object]) -> Callable[[bool], None]:
 def _answering_option(name: str, text: Callable[[], object], description: str) -> bool:
     option: bool = typer.Option(name, callback=_answer(text), is_eager=True, help=description)
     return option
-
-
-@contextlib.contextmanager
-def _exit_statuses() -> Iterator[None]:
-    """Turn what can go wrong into a message and an exit status."""
-    try:
-        yield
-    except InputError as error:
-        _fail(str(error), 2)
-    except RankError as error:
-        _errors.print(error.details, markup=False, end="")
-        _fail(str(error), 1)
-    except (ep.Error, OSError) as error:
-        _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail("interrupted; all ranks were ended", 130)
-
-
-def _fail(message: str, status: int) -> None:
-    _errors.print("[bold red]error:[/] ", end="")
-    _errors.print(message, markup=False)
-    raise typer.Exit(status)
 
 
 @app.callback()
@@ -117,7 +92,7 @@ def demo(  # noqa: PLR0913, PLR0917 (each parameter is an option)
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Run a mixture-of-experts layer over several processes and check its result."""
-    with _exit_statuses():
+    with exit_statuses():
         ids = read_tokens(text, tokens)
         model = Model(int(ids.max()) + 1, hidden, ffn, experts, topk, skew, seed)
         task = demos.Task(model, ids, repeats)
@@ -135,7 +110,7 @@ def _progress(ranks: int, steps: int) -> Iterator[Callable[[int, str], None]]:
     """Show, on standard error, what the rank that is furthest behind does."""
     done, latest = [0] * ranks, ["start"] * ranks
     columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_errors, transient=True) as progress:
+    with Progress(*columns, console=errors, transient=True) as progress:
         bar = progress.add_task("start", total=ranks * (steps + 1))
 
         def on_step(rank: int, step: str) -> None:
@@ -157,7 +132,7 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Say what was built, what this machine has, and whether ranks can exchange rows."""
-    with _exit_statuses():
+    with exit_statuses():
         report = doctors.examine(ranks)
         if json:
             demos.write_json(report)

@@ -96,7 +96,7 @@ def run_ranks(
         RankError: if a rank raises, dies or, with `timeout`, takes too long.
     """
     crew = _Crew(on_step, None if timeout is None else time.monotonic() + timeout)
-    with tempfile.TemporaryDirectory(prefix="mscclpp_ep-") as folder, _sigterm_raises():
+    with tempfile.TemporaryDirectory(prefix="mscclpp_ep-") as folder, sigterm_raises():
         try:
             with _rank_environment(ranks):
                 for index in range(ranks):
@@ -234,7 +234,7 @@ def _rank_environment(ranks: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
+def sigterm_raises() -> Iterator[None]:
     """Let SIGTERM run the clean-up, unless the program has its own answer to it."""
 
     def stop(number: int, frame: object) -> None:

@@ -55,13 +55,13 @@ TEST_CASE("ranks write into each other's control segments") {
         const ControlMap map(memory.size());
         const int self = memory.rank();
         for (int peer = 0; peer < memory.size(); ++peer) {
-          sharedWord(memory.control(peer), map.mask(self))
+          sharedWord(memory.control(peer), map.progress(Lane::lowLatency1, kRowsRead, self))
               .store(static_cast<std::uint64_t>(100 * self + peer + 1));
           memory.ring(peer);
         }
         for (int peer = 0; peer < memory.size(); ++peer) {
           const auto expected = static_cast<std::uint64_t>(100 * peer + self + 1);
-          const SharedWord& word = sharedWord(memory.control(self), map.mask(peer));
+          const SharedWord& word = sharedWord(memory.control(self), map.progress(Lane::lowLatency1, kRowsRead, peer));
           memory.wait([&] { return word.load() == expected; }, somethingOf({peer}));
         }
         memory.leave();
@@ -258,7 +258,7 @@ TEST_CASE("a rank that nobody waits for may go") {
       // The wait is long enough for a look at the peers.
       if (memory->rank() == 0) std::this_thread::sleep_for(std::chrono::milliseconds(30));
       sharedWord(memory->control(peer), map.mask(memory->rank())).store(5);
-      const SharedWord& word = sharedWord(memory->control(memory->rank()), map.mask(peer));
+      const SharedWord& word = sharedWord(memory->control(memory->rank()), map.progress(Lane::lowLatency1, kRowsRead, peer));
       memory->wait([&] { return word.load() == 5; }, somethingOf({peer}));
     }));
   }

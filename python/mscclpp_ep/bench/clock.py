@@ -7,13 +7,15 @@ import mmap
 import os
 import time
 from collections import defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
+
+    from mscclpp_ep.bench.settings import Settings
 
 Result = TypeVar("Result")
 Key = tuple[int, str, str]  # tokens, system, operation
@@ -49,15 +51,22 @@ class SpinBarrier:
 
 
 class Clock:
-    """Keeps when calls began and ended on this rank, in seconds of the clock that ranks share."""
+    """Keeps when calls began and ended on this rank, in seconds of the clock that ranks share.
 
-    def __init__(self, barrier: SpinBarrier, flush_bytes: int) -> None:
-        self._barrier = barrier
-        self._other = np.ones(flush_bytes, np.uint8).view(np.int64)  # touched, so that it is memory
+    Attributes:
+        barrier: of all ranks.
+        spans: of each timed call; of each chain, a span as long as one of its pairs.
+    """
+
+    def __init__(self, barrier: SpinBarrier, settings: Settings) -> None:
+        self.barrier = barrier
         self.spans: dict[Key, list[Span]] = defaultdict(list)
+        self._settings = settings
+        # Touched, so that it is memory.
+        self._other = np.ones(settings.flush << 20, np.uint8).view(np.int64)
 
     def measure(
-        self, key: Key, call: Callable[[], Result], iterations: int, warmup: int = 0
+        self, key: Key, call: Callable[[], Result], iterations: int, warmup: int | None = None
     ) -> Result:
         """Times calls, each after a barrier, and returns the result of the last.
 
@@ -65,16 +74,34 @@ class Clock:
         read, so that no call finds what the one before left in the caches of its core. Every rank
         must make the same calls.
         """
-        for _ in range(warmup):
+        for _ in range(self._settings.warmup if warmup is None else warmup):
             call()
         kept: list[Result] = []
         for _ in range(iterations):
             kept.clear()
             self._other.sum()
-            self._barrier.wait()
+            self.barrier.wait()
             start = time.perf_counter()
             result = call()
             self.spans[key].append((start, time.perf_counter()))
             kept.append(result)
             del result
         return kept.pop()
+
+    def measure_chain(self, key: Key, pair: Callable[[], Result]) -> Result:
+        """Times a chain of calls that follow each other at once; returns the result of the last.
+
+        Nothing waits between them but what they wait for themselves.
+        """
+        skipped, timed = self._settings.chain_warmup, self._settings.chain
+        self._other.sum()
+        self.barrier.wait()
+        for _ in range(skipped):
+            pair()
+        start = time.perf_counter()
+        for _ in range(timed - 1 - skipped):
+            pair()
+        result = pair()
+        period = (time.perf_counter() - start) / (timed - skipped)
+        self.spans[key].append((start, start + period))
+        return result

@@ -19,7 +19,7 @@ def _processor() -> str:
 
 def describe() -> dict[str, Any]:
     """What absolute times depend on."""
-    packages = {"numpy", "torch"} & {d.metadata["Name"] for d in metadata.distributions()}
+    packages = {"mpi4py", "numpy", "torch"} & {d.metadata["Name"] for d in metadata.distributions()}
     return {
         "cores": len(os.sched_getaffinity(0)),
         "processor": _processor(),

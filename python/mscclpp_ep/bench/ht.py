@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The library, as its users call it, with NumPy arrays."""
+"""The HT mode of the library, as its users call it, with NumPy arrays."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import mscclpp_ep as ep
-from cases import BFLOAT16, Case, WrongResultError, require_equal
+from mscclpp_ep.bench.checks import Bits, WrongResultError, require_equal
+from mscclpp_ep.bench.ops import (
+    CHAINED,
+    COLD_COMBINE,
+    COLD_DISPATCH,
+    COMBINE,
+    COMBINE_ORDINARY,
+    DISPATCH,
+    LAYOUT,
+    NO_BLOCK,
+    OURS,
+)
+from mscclpp_ep.bench.settings import BFLOAT16
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cases import Settings
-    from clock import Clock
-
-SYSTEM = "mscclpp_ep"
-LAYOUT = "layout"
-DISPATCH = "dispatch"
-COMBINE = "combine, arena input"
-COMBINE_ORDINARY = "combine, ordinary input"
-NO_BLOCK = "dispatch, no block free"
-COLD_DISPATCH = "dispatch, cold"
-COLD_COMBINE = "combine, cold"
+    from mscclpp_ep.bench.cases import Case
+    from mscclpp_ep.bench.clock import Clock
+    from mscclpp_ep.bench.settings import Settings
 
 _SMALLEST_BLOCK = 256
 _TIMEOUT_S = 60.0
@@ -46,7 +50,7 @@ class _Turn:
         self.layout: tuple[Any, ...] = ()
 
     def _measure(self, op: str, call: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-        key = (self._case.tokens, SYSTEM, op)
+        key = (self._case.tokens, OURS, op)
         return self._clock.measure(key, call, self.iterations, self.warmup)
 
     def count_tokens(self, buffer: ep.Buffer) -> None:
@@ -56,30 +60,40 @@ class _Turn:
             LAYOUT, lambda: buffer.get_dispatch_layout(self.topk_idx, experts)
         )
 
+    def _dispatch(self, buffer: ep.Buffer) -> tuple[Any, ...]:
+        per_rank, _, per_expert, in_rank, _ = self.layout
+        return buffer.dispatch(
+            self.x,
+            num_tokens_per_rank=per_rank,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=self.topk_idx,
+            topk_weights=self.topk_weights,
+        )
+
     def dispatch(self, op: str, buffer: ep.Buffer) -> Any:
         """Sends tokens, choices and weights; returns the handle."""
-        per_rank, _, per_expert, in_rank, _ = self.layout
-        result = self._measure(
-            op,
-            lambda: buffer.dispatch(
-                self.x,
-                num_tokens_per_rank=per_rank,
-                is_token_in_rank=in_rank,
-                num_tokens_per_expert=per_expert,
-                topk_idx=self.topk_idx,
-                topk_weights=self.topk_weights,
-            ),
-        )
+        result = self._measure(op, lambda: self._dispatch(buffer))
         _check_dispatch(op, result, self.rows, self._case)
         return result[4]
 
     def combine(self, op: str, buffer: ep.Buffer, x: Any, handle: Any) -> None:
         """Sums what the experts made of the tokens."""
         combined, _, _ = self._measure(op, lambda: buffer.combine(x, handle))
-        require_equal(f"{SYSTEM}: {op}", combined.view(np.uint16), self.sums)
+        require_equal(f"{OURS}: {op}", combined.view(np.uint16), self.sums)
+
+    def chain(self, buffer: ep.Buffer) -> None:
+        """Dispatches and combines what came, again and again."""
+
+        def pair() -> Any:
+            recv_x, _, _, _, handle, _ = self._dispatch(buffer)
+            return buffer.combine(recv_x, handle)[0]
+
+        combined = self._clock.measure_chain((self._case.tokens, OURS, CHAINED), pair)
+        require_equal(f"{OURS}: {CHAINED}", combined.view(np.uint16), self._case.expected_echo())
 
 
-class Ours:
+class HighThroughput:
     """Measures the library on one rank.
 
     Results find room in `_buffer`. The arena of `_full` is full of blocks that are held, as by a
@@ -125,6 +139,8 @@ class Ours:
         if not thorough:
             return
         turn.combine(COMBINE_ORDINARY, self._buffer, turn.output, handle)
+        if case.settings.chain:
+            turn.chain(self._buffer)
         self._measure_no_block(turn)
         self._measure_cold(turn)
 
@@ -157,16 +173,16 @@ def _fill(buffer: ep.Buffer, held: list[Any], size: int) -> None:
             size //= 2
 
 
-def _check_dispatch(op: str, result: tuple[Any, ...], rows: Any, case: Case) -> None:
+def _check_dispatch(op: str, result: tuple[Any, ...], rows: Bits, case: Case) -> None:
     recv_x, recv_idx, recv_weights, counts, _, _ = result
-    require_equal(f"{SYSTEM}: {op}", recv_x.view(np.uint16), rows)
+    require_equal(f"{OURS}: {op}", recv_x.view(np.uint16), rows)
     if len(recv_idx) != len(rows) or len(recv_weights) != len(rows):
         msg = f"{op}: {len(recv_idx)} indices and {len(recv_weights)} weights, {len(rows)} rows"
         raise WrongResultError(msg)
-    held = -(-case.settings.experts // case.settings.ranks)
+    held = case.settings.experts_held
     sources = range(case.settings.ranks)
-    choices = np.concatenate([case.choices_of(r)[case.in_rank[r, :, case.rank]] for r in sources])
-    weights = np.concatenate([case.weights_of(r)[case.in_rank[r, :, case.rank]] for r in sources])
+    choices = np.concatenate([case.choices_of(r)[case.sent_to(r, case.rank)] for r in sources])
+    weights = np.concatenate([case.weights_of(r)[case.sent_to(r, case.rank)] for r in sources])
     here = choices // held == case.rank
     same = (
         np.array_equal(recv_idx, np.where(here, choices - held * case.rank, -1))

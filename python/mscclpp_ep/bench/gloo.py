@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Other ways to do the same work, on the same inputs."""
+"""The same work over gloo, by way of torch.distributed."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cases import require_close, require_equal
+from mscclpp_ep.bench.checks import require_close, require_equal
+from mscclpp_ep.bench.ops import CHAINED, COMBINE, DISPATCH, LAYOUT
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cases import Case, Settings
-    from clock import Clock
+    from mscclpp_ep.bench.cases import Case
+    from mscclpp_ep.bench.clock import Clock
+    from mscclpp_ep.bench.settings import Settings
 
 GLOO = "gloo"
-PEERS = (GLOO,)
 
 
-def why_not(peer: str) -> str | None:
-    """Why a peer cannot be measured here; None if it can."""
+def why_not() -> str | None:
+    """Why gloo cannot be measured here; None if it can."""
     if importlib.util.find_spec("torch") is None:
-        return "torch is not installed"
+        return "torch is not installed: pip install torch"
     import torch.distributed
 
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        return f"this build of torch has no {peer}"
+        return "this build of torch has no gloo"
     return None
 
 
@@ -58,35 +59,49 @@ class Gloo:
         """Leaves the group; collective."""
         self._leave()
 
-    def measure(self, case: Case, iterations: int) -> None:
-        """Times a layer, and checks its results."""
+    def measure(self, case: Case, iterations: int, thorough: bool) -> None:
+        """Times a layer, and checks its results; only if `thorough`."""
+        if not thorough:
+            return
         x = self._rows(case.tokens_of(case.rank))
         topk_idx = self._torch.from_numpy(case.choices_of(case.rank))
         topk_weights = self._torch.from_numpy(case.weights_of(case.rank))
         output = self._rows(case.expert_output_of(case.rank))
 
         def measure(op: str, call: Any) -> Any:
-            return self._clock.measure(
-                (case.tokens, GLOO, op), call, iterations, self._settings.warmup
-            )
+            return self._clock.measure((case.tokens, GLOO, op), call, iterations)
 
-        layout = measure("layout", lambda: self._layout(topk_idx))
+        layout = measure(LAYOUT, lambda: self._layout(topk_idx))
         recv_x, _, _, counts = measure(
-            "dispatch", lambda: self._dispatch(x, topk_idx, topk_weights, layout)
+            DISPATCH, lambda: self._dispatch(x, topk_idx, topk_weights, layout)
         )
-        require_equal(f"{GLOO}: dispatch", _bits(self._torch, recv_x), case.expected_rows())
+        require_equal(f"{GLOO}: {DISPATCH}", self._bits(recv_x), case.expected_rows())
         del recv_x
-        combined = measure("combine", lambda: self._combine(output, case.tokens, layout[0], counts))
-        require_close(f"{GLOO}: combine", _bits(self._torch, combined), case.expected_sums())
+        combined = measure(COMBINE, lambda: self._combine(output, len(x), layout[0], counts))
+        require_close(f"{GLOO}: {COMBINE}", self._bits(combined), case.expected_sums())
+        if self._settings.chain == 0:
+            return
+
+        def pair() -> Any:
+            recv_x, _, _, counts = self._dispatch(x, topk_idx, topk_weights, layout)
+            return self._combine(recv_x, len(x), layout[0], counts)
+
+        combined = self._clock.measure_chain((case.tokens, GLOO, CHAINED), pair)
+        require_close(f"{GLOO}: {CHAINED}", self._bits(combined), case.expected_echo())
 
     def _rows(self, bits: Any) -> Any:
         return self._torch.from_numpy(bits.view(np.int16)).view(self._torch.bfloat16)
 
+    def _bits(self, rows: Any) -> Any:
+        return rows.view(self._torch.int16).numpy().view(np.uint16)
+
     def _layout(self, topk_idx: Any) -> tuple[Any, Any]:
         """The tokens to send, by destination, and how many to each."""
         torch, ranks = self._torch, self._settings.ranks
-        in_rank = torch.zeros(len(topk_idx), ranks, dtype=torch.bool)
-        in_rank.scatter_(1, topk_idx // -(-self._settings.experts // ranks), True)
+        # One column more, for the choices that are none.
+        in_rank = torch.zeros(len(topk_idx), ranks + 1, dtype=torch.bool)
+        holders = topk_idx // self._settings.experts_held
+        in_rank.scatter_(1, holders.masked_fill_(topk_idx < 0, ranks), True)
         chosen = [in_rank[:, rank].nonzero().squeeze(1) for rank in range(ranks)]
         return torch.cat(chosen), torch.tensor([len(tokens) for tokens in chosen])
 
@@ -116,7 +131,3 @@ class Gloo:
         self._exchange(back, output, sent, received)
         total = torch.zeros(num_tokens, output.shape[1])
         return total.index_add_(0, order, back.float()).to(output.dtype)
-
-
-def _bits(torch: Any, rows: Any) -> Any:
-    return rows.view(torch.int16).numpy().view(np.uint16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The limit: plain copies of as many bytes as a rank receives, by all ranks at once."""
+"""The limit of the HT mode: plain copies of as many bytes as a rank receives, by all at once."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mscclpp_ep import _core
+from mscclpp_ep.bench.ops import LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from cases import Case
-    from clock import Clock
+    from mscclpp_ep.bench.cases import Case
+    from mscclpp_ep.bench.clock import Clock
 
-SYSTEM = "limit"
+
 _ALIGNMENT = 1 << 12
 
 Bytes = npt.NDArray[np.uint8]
@@ -70,17 +71,22 @@ class Limits:
             for array in arrays:
                 array.fill(number + 1)  # touched, and no page of zeros that is shared
 
-    def measure(self, case: Case, iterations: int) -> None:
-        """Times every way to copy, in every kind of memory."""
+    def measure(self, case: Case, iterations: int, thorough: bool) -> None:
+        """Times every way to copy, in every kind of memory, whatever `thorough`."""
+        del thorough
         for memory, (out, source) in self._pairs.items():
             count = case.bytes_received
             for name, copy in COPIES.items():
                 self._clock.measure(
-                    (case.tokens, SYSTEM, f"{name}, {memory}"),
+                    (case.tokens, LIMIT, f"{name}, {memory}"),
                     self._bind(copy, out[:count], source[:count]),
                     iterations,
-                    case.settings.warmup,
                 )
+
+    def destroy(self) -> None:
+        """Ends the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
     def _bind(
         self, copy: Callable[[Bytes, Bytes], None], out: Bytes, source: Bytes

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: MIT
+"""Names of what is measured; after a comma, how an operation differs from the plain one."""
+
+from __future__ import annotations
+
+OURS = "mscclpp_ep"
+LIMIT = "limit"
+
+DISPATCH = "dispatch"
+COMBINE = "combine"
+LAYOUT = "layout"
+CHAINED = "chained"
+
+# Of the HT mode. Plain are: results in the arena, and experts' output in memory of `Buffer.empty`.
+COMBINE_ORDINARY = "combine, ordinary input"
+NO_BLOCK = "dispatch, no block free"
+COLD_DISPATCH = "dispatch, cold"
+COLD_COMBINE = "combine, cold"
+
+# Of the LL mode. Plain is bfloat16, as peers send it.
+FP8_DISPATCH = "dispatch, FP8"
+
+
+def kind(op: str) -> str:
+    """What an operation is, however it differs from the plain one."""
+    return op.split(",", maxsplit=1)[0]
+
+
+def variant(op: str) -> str | None:
+    """How an operation differs from the plain one; None if it is that."""
+    _, comma, text = op.partition(", ")
+    return text if comma else None
