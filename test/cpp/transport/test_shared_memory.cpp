@@ -61,7 +61,8 @@ TEST_CASE("ranks write into each other's control segments") {
         }
         for (int peer = 0; peer < memory.size(); ++peer) {
           const auto expected = static_cast<std::uint64_t>(100 * peer + self + 1);
-          const SharedWord& word = sharedWord(memory.control(self), map.progress(Lane::lowLatency1, kRowsRead, peer));
+          const SharedWord& word =
+              sharedWord(memory.control(self), map.progress(Lane::lowLatency1, kRowsRead, peer));
           memory.wait([&] { return word.load() == expected; }, somethingOf({peer}));
         }
         memory.leave();
@@ -257,8 +258,10 @@ TEST_CASE("a rank that nobody waits for may go") {
       const int peer = 1 - memory->rank();
       // The wait is long enough for a look at the peers.
       if (memory->rank() == 0) std::this_thread::sleep_for(std::chrono::milliseconds(30));
-      sharedWord(memory->control(peer), map.mask(memory->rank())).store(5);
-      const SharedWord& word = sharedWord(memory->control(memory->rank()), map.progress(Lane::lowLatency1, kRowsRead, peer));
+      sharedWord(memory->control(peer), map.progress(Lane::lowLatency1, kRowsRead, memory->rank()))
+          .store(5);
+      const SharedWord& word = sharedWord(memory->control(memory->rank()),
+                                          map.progress(Lane::lowLatency1, kRowsRead, peer));
       memory->wait([&] { return word.load() == 5; }, somethingOf({peer}));
     }));
   }
