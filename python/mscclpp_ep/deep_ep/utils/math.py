@@ -22,7 +22,7 @@ def calc_diff(x: torch.Tensor, y: torch.Tensor) -> float:
 
     It is 1 − 2Σab / Σ(a² + b²) of a = x + 1 and b = y + 1, in float64; 0 for empty tensors.
     """
-    a, b = x.double() + 1, y.double() + 1
+    a, b = x.detach().double() + 1, y.detach().double() + 1
     denominator = (a * a + b * b).sum()
     if denominator == 0:
         return 0.0

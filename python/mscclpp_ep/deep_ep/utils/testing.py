@@ -86,27 +86,23 @@ def bench_kineto(  # noqa: PLR0917 - deep_ep's arguments, in its order
             whole periods.
     """
     names = (kernel_names,) if isinstance(kernel_names, str) else tuple(kernel_names)
-    if barrier_comm_profiling and barrier is None:
-        barrier = _reduce
+    begin = (barrier or _reduce) if barrier_comm_profiling else None
     scratch = _scratch(flush_l2)
-    durations: list[Durations]
     if os.environ.get("EP_USE_NVIDIA_TOOLS", "0") == "1":
-        _repeat(fn, num_tests, scratch, barrier if barrier_comm_profiling else None)
-        durations = [1 for _ in names]
-    elif not _uses_gpu():
-        begin = barrier if barrier_comm_profiling else None
+        _repeat(fn, num_tests, scratch, begin)
+        durations: list[Durations] = [1 for _ in names]
+    elif _uses_gpu():
         with _silence(suppress_kineto_output):
-            times = _time_cpu(fn, num_tests, None, scratch, begin)
-        mean = sum(times) / len(times)
-        durations = [_periodic([mean] * num_kernels_per_period, num_kernels_per_period)] * len(
-            names
-        )
-    else:
-        with _silence(suppress_kineto_output):
-            profile = _profile(fn, num_tests, scratch, barrier if barrier_comm_profiling else None)
+            profile = _profile(fn, num_tests, scratch, begin)
         if trace_path is not None:
             profile.export_chrome_trace(trace_path)
         durations = [_periodic(_launches(profile, n), num_kernels_per_period, n) for n in names]
+    else:
+        with _silence(suppress_kineto_output):
+            times = _time_cpu(fn, num_tests, None, scratch, begin)
+        mean = sum(times) / len(times)
+        whole: Durations = mean if num_kernels_per_period == 1 else [mean] * num_kernels_per_period
+        durations = [whole for _ in names]
     return durations[0] if isinstance(kernel_names, str) else tuple(durations)
 
 
@@ -212,7 +208,7 @@ def _launches(profile: Any, name: str) -> list[float]:
     return [event.device_time_total / 1e6 for event in found]
 
 
-def _periodic(times: list[float], period: int, name: str = "") -> Durations:
+def _periodic(times: list[float], period: int, name: str) -> Durations:
     """The mean of times, or if they repeat with a period, that of each place in it."""
     if len(times) % period != 0:
         msg = f"{name!r} was launched {len(times)} times, not a multiple of {period}"
@@ -230,11 +226,22 @@ def _silence(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,  # noqa: PTH123 - no path of a file
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+        _descriptors_to(nowhere.fileno()),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _descriptors_to(target: int) -> Iterator[None]:
+    """Sends what native code writes to stdout and stderr elsewhere."""
     saved = [os.dup(descriptor) for descriptor in (1, 2)]
     try:
-        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - it is no path of the file system
-            for descriptor in (1, 2):
-                os.dup2(nowhere.fileno(), descriptor)
+        for descriptor in (1, 2):
+            os.dup2(target, descriptor)
         yield
     finally:
         for descriptor, original in zip((1, 2), saved, strict=True):
