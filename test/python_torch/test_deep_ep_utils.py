@@ -97,6 +97,9 @@ def test_packed_scales() -> None:
             part = slice(128 * block, 128 * (block + 1))
             scale = 2.0 ** (int(exponents[token, block]) - 127)
             assert torch.equal(back[token, part], (rows[token, part].float() * scale).bfloat16())
+    column_major = packed.T.contiguous().T
+    assert torch.equal(ep_math.per_token_cast_back(rows, column_major), back)
+    assert torch.equal(ep_math.per_token_cast_back(rows, packed.view(2, 5)), back)
 
 
 def test_casts_check_shapes() -> None:

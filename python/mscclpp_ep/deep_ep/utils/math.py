@@ -74,7 +74,7 @@ def per_token_cast_back(x_fp8: torch.Tensor, x_scales: torch.Tensor) -> torch.Te
     Args:
         x_fp8: float8_e4m3fn [T, H].
         x_scales: float32 [T, ceil(H / 128)], or int32 [T, ceil(H / 512)] with four exponents
-            (UE8M0) each, the first in the lowest byte.
+            (UE8M0) each, the first in the lowest byte; or another shape with these elements.
 
     Returns:
         bfloat16 [T, H].
@@ -87,22 +87,23 @@ def per_token_cast_back(x_fp8: torch.Tensor, x_scales: torch.Tensor) -> torch.Te
     _check_matrix("x_fp8", x_fp8)
     tokens, hidden = x_fp8.shape
     blocks = ceil_div(hidden, _BLOCK)
-    scales = _unpacked(x_scales, blocks)
-    if scales.shape != (tokens, blocks):
+    packed = x_scales.dtype == torch.int32
+    per_row = ceil_div(blocks, 4) if packed else blocks
+    if x_scales.numel() != tokens * per_row:
         msg = (
             f"x_scales has the shape {tuple(x_scales.shape)}; for x_fp8 {tuple(x_fp8.shape)} it "
             f"must be float32 [{tokens}, {blocks}] or int32 [{tokens}, {ceil_div(blocks, 4)}]"
         )
         raise InvalidArgument(msg)
+    rows = x_scales.reshape(tokens, per_row)
+    scales = _unpacked(rows)[:, :blocks] if packed else rows.float()
     columns = scales.repeat_interleave(_BLOCK, dim=1)[:, :hidden]
     return (x_fp8.float() * columns).to(torch.bfloat16)
 
 
-def _unpacked(scales: torch.Tensor, blocks: int) -> torch.Tensor:
-    """Scales as float32; of those packed into integers, the first `blocks` ones."""
-    if scales.dtype != torch.int32:
-        return scales.float()
-    exponents = scales.contiguous().view(torch.uint8)[:, :blocks].to(torch.int32)
+def _unpacked(scales: torch.Tensor) -> torch.Tensor:
+    """Powers of two as float32 [T, 4 P], of their exponents, int32 [T, P]."""
+    exponents = scales.contiguous().view(torch.uint8).to(torch.int32)
     return (exponents << 23).view(torch.float32)
 
 
