@@ -1,5 +1,6 @@
 """Expert-parallel dispatch and combine for mixture-of-experts layers, for any array framework."""
 
+from mscclpp_ep._as_deep_ep import install_as_deep_ep
 from mscclpp_ep._core import (
     BufferStats,
     Config,
@@ -42,5 +43,6 @@ __all__ = [
     "__version__",
     "as_group",
     "build_info",
+    "install_as_deep_ep",
     "record_routing",
 ]

@@ -4,7 +4,7 @@
 import sys
 
 import mscclpp_ep
-from mscclpp_ep import _paths
+from mscclpp_ep import _as_deep_ep, _paths
 
 _ANSWERS = {
     "--version": lambda: mscclpp_ep.__version__,
@@ -24,6 +24,8 @@ def main() -> int:
     except FileNotFoundError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if arguments[:1] == ["run-as-deep-ep"]:
+        return _as_deep_ep.run_as_deep_ep(arguments[1:])
     try:
         from mscclpp_ep.cli.app import app
     except ModuleNotFoundError as error:
@@ -32,7 +34,7 @@ def main() -> int:
         print(
             f"error: this command needs {error.name}, which is not installed. "
             "Install it with: pip install 'mscclpp_ep[cli]'\n"
-            f"Without it there are: {', '.join(_ANSWERS)}",
+            f"Without it there are: {', '.join(_ANSWERS)}, run-as-deep-ep",
             file=sys.stderr,
         )
         return 2

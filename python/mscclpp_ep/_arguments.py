@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
 
 from mscclpp_ep import _frameworks
 from mscclpp_ep._core import Config, InvalidArgument, NotBuilt, Quantization
 from mscclpp_ep.handle import DispatchHandle, LowLatencyHandle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from mscclpp_ep._frameworks import Array, Framework
     from mscclpp_ep.event import EventOverlap
@@ -161,6 +164,24 @@ def check_cached(num_worst_tokens: int, **routing: object) -> None:
     if given:
         msg = f"{' and '.join(given)} must be left out when a handle is given"
         raise InvalidArgument(msg)
+
+
+def scratch_array(dtype: Any, size: Sequence[int] | None, offset: int, num_bytes: int) -> Array:
+    """Zeros of a dtype and shape, in the place of a part of so many bytes."""
+    framework, kind = _frameworks.resolve_dtype(dtype)
+    left = num_bytes - integer("offset", offset)
+    if not 0 <= left <= num_bytes:
+        msg = f"offset is {offset}; it must be from 0 to the size of the buffer, {num_bytes} bytes"
+        raise InvalidArgument(msg)
+    itemsize = _frameworks.itemsize(kind)
+    shape = [left // itemsize] if size is None else [integer("size", extent) for extent in size]
+    wanted = math.prod(shape) * itemsize
+    if min(shape, default=0) < 0 or wanted > left:
+        msg = f"size is {shape}, {wanted} bytes; {left} of the buffer's {num_bytes} bytes are left"
+        raise InvalidArgument(msg)
+    # As bytes, since NumPy lacks dtypes that others have.
+    zeros = _frameworks.small_array(framework, np.zeros(wanted, np.uint8))
+    return zeros.view(dtype).reshape(shape)
 
 
 def view(name: str, array: Array | None) -> Any:

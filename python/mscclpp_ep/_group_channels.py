@@ -152,12 +152,27 @@ class TorchChannel:
         return group
 
     def _device(self) -> Any:
-        """Return the CPU if the group serves it (gloo, mpi), else the current device (nccl)."""
+        """Return the CPU if the group serves it (gloo, mpi), else the current device (nccl).
+
+        The tensors gathered are the channel's own: those of the caller may be on the CPU all the
+        same.
+
+        Raises:
+            InvalidArgument: the group is for devices of which there are none.
+        """
         backends = str(self._dist.get_backend_config(self._process_group()))
         if "cpu:" in backends:
             return self._torch.device("cpu")
         kind = backends.partition(":")[0]
-        return self._torch.device(kind, getattr(self._torch, kind).current_device())
+        module = getattr(self._torch, kind, None)
+        if module is None or not module.is_available():
+            msg = (
+                f"the torch.distributed group ({backends}) exchanges data on {kind} devices only, "
+                "and torch finds none; give a group of gloo: torch.distributed.new_group("
+                'backend="gloo")'
+            )
+            raise InvalidArgument(msg)
+        return self._torch.device(kind, module.current_device())
 
     def all_gather(self, data: bytes) -> list[bytes]:
         """Return the data of all ranks, in the order of ranks.

@@ -16,6 +16,7 @@ from mscclpp_ep._arguments import (
     integer,
     not_built,
     number,
+    scratch_array,
     unbuilt,
     unpack_x,
     view,
@@ -28,6 +29,7 @@ from mscclpp_ep.event import EventHandle, EventOverlap
 from mscclpp_ep.group import as_group
 from mscclpp_ep.handle import DispatchHandle
 from mscclpp_ep.recording import note_choices
+from mscclpp_ep.runtime import Runtime
 
 if TYPE_CHECKING:
     import os
@@ -186,6 +188,11 @@ class Buffer(LowLatencyMethods):
     def is_available(self) -> bool:
         """Whether the buffer is connected."""
         return not self._core.destroyed
+
+    @property
+    def runtime(self) -> Runtime | None:
+        """What DeepEP's callers ask about the connection; None once destroyed."""
+        return None if self._core.destroyed else Runtime(self)
 
     # Routing
 
@@ -455,6 +462,31 @@ class Buffer(LowLatencyMethods):
         tensor = self._core.empty(extents, kind, True)
         return framework.export(tensor, dtype)
 
+    def get_local_buffer_tensor(
+        self,
+        dtype: Any,
+        size: Sequence[int] | None = None,
+        offset: int = 0,
+        use_rdma_buffer: bool = False,
+    ) -> Array:
+        """Memory in the place of DeepEP's staging buffer, for callers that clear or fill it.
+
+        Nothing is staged in a buffer of that kind here: each call returns memory of its own, zeros,
+        which no other call and no other rank reads.
+
+        Args:
+            dtype: Of NumPy or ml_dtypes, for an array of NumPy, or of Torch, for one of Torch.
+            size: The shape; None: one dimension, of all that follows `offset`.
+            offset: In bytes, of the `num_nvl_bytes` or `num_rdma_bytes` that the buffer was made
+                with.
+            use_rdma_buffer: In the place of the buffer of `num_rdma_bytes`.
+
+        Raises:
+            InvalidArgument: The dtype or size is wrong, or goes beyond those bytes.
+        """
+        num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
+        return scratch_array(dtype, size, offset, num_bytes)
+
     def record_stream(self, tensor: Array, stream: object) -> None:
         """Tells that a stream uses a tensor of this buffer. On the CPU there are no streams."""
         del tensor
@@ -511,18 +543,16 @@ class Buffer(LowLatencyMethods):
     def get_dispatch_config(num_ranks: int) -> Config:
         """DeepEP's tuned numbers for dispatch.
 
+        Of a number of ranks for which DeepEP has none, those of the next larger that it knows.
+
         Raises:
-            InvalidArgument: DeepEP has none for this number of ranks.
+            InvalidArgument: There are no ranks.
         """
         return _tuned(DISPATCH_CHUNKS, num_ranks)
 
     @staticmethod
     def get_combine_config(num_ranks: int) -> Config:
-        """DeepEP's tuned numbers for combine.
-
-        Raises:
-            InvalidArgument: DeepEP has none for this number of ranks.
-        """
+        """DeepEP's tuned numbers for combine, as `get_dispatch_config`."""
         return _tuned(COMBINE_CHUNKS, num_ranks)
 
     @staticmethod
@@ -555,7 +585,6 @@ class Buffer(LowLatencyMethods):
         """
         not_built("get_comm_stream (a buffer on the CPU has no streams)")
 
-    get_local_buffer_tensor = unbuilt("get_local_buffer_tensor")
     internode_dispatch = unbuilt("internode_dispatch")
     internode_combine = unbuilt("internode_combine")
 
@@ -586,8 +615,8 @@ def _finished(async_finish: bool) -> EventOverlap:
 
 
 def _tuned(chunks: dict[int, tuple[int, int, int, int]], num_ranks: int) -> Config:
-    if num_ranks not in chunks:
-        known = ", ".join(map(str, chunks))
-        msg = f"Unsupported number of EP ranks: {num_ranks}; there are numbers for {known}"
+    if integer("num_ranks", num_ranks) < 1:
+        msg = f"Unsupported number of EP ranks: {num_ranks}; it must be positive"
         raise InvalidArgument(msg)
-    return Config(Buffer.num_sms, *chunks[num_ranks])
+    nearest = min((known for known in chunks if known >= num_ranks), default=max(chunks))
+    return Config(Buffer.num_sms, *chunks[nearest])

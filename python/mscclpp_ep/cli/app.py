@@ -23,6 +23,7 @@ from mscclpp_ep.cli.text import MOST_TOKENS, read_tokens
 app = typer.Typer(
     name="mscclpp_ep",
     help="Expert-parallel dispatch and combine for mixture-of-experts models.",
+    epilog="run-as-deep-ep SCRIPT ARGS runs a program written for deep_ep, as its --help tells.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

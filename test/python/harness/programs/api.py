@@ -116,7 +116,7 @@ def events_are_complete(_context) -> None:
 
 def not_built_yet(context) -> None:
     buffer = context.standing()
-    for name in ("get_comm_stream", "get_local_buffer_tensor", "internode_dispatch"):
+    for name in ("get_comm_stream", "internode_dispatch", "internode_combine"):
         assert name in str(steps.raised(ep.NotBuilt, operator.methodcaller(name), buffer))
     steps.raised(ep.NotBuilt, context.buffer, integrity_check=True)
 
