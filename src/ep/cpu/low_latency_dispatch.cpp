@@ -70,9 +70,13 @@ class DispatchReceive final : public LowLatencyReceive {
   StagedTokens locate(int rank, const LowLatencyDispatchEntry& entry) const;
   void place(const std::vector<StagedTokens>& sources);
   void requireIds(const std::vector<std::int32_t>& choices, int rank) const;
-  void fetchRows(std::size_t rank, const StagedTokens& source);
+  void fetchRows(const std::vector<StagedTokens>& sources);
+  void fetchRowsFrom(std::size_t rank, const StagedTokens& source);
   void fetchRow(std::int64_t slot, const StagedTokens& source, std::int64_t token);
-  void writeScales(std::int64_t slot, const std::byte* scales);
+  void fetchScales(const std::vector<StagedTokens>& sources);
+  void listScales(std::int64_t expert, const std::vector<StagedTokens>& sources,
+                  std::vector<const std::byte*>& rows) const;
+  void writeScales(std::int64_t expert, const std::vector<const std::byte*>& rows);
 
   std::int64_t slotsPerExpert() const { return request_.signature.maxTokens * context_.size(); }
   std::int64_t numTokens() const { return request_.inputs.x.shape[0]; }
@@ -188,8 +192,8 @@ void DispatchReceive::receive() {
                                       : locate(r, decode<LowLatencyDispatchEntry>(message)));
   }
   place(sources);
-  const TraceScope scope(context_.trace, "fetch rows");
-  for (std::size_t r = 0; r < sources.size(); ++r) fetchRows(r, sources[r]);
+  fetchRows(sources);
+  if (format_.numScales > 0) fetchScales(sources);
   handle->complete = true;
 }
 
@@ -261,7 +265,12 @@ void DispatchReceive::requireIds(const std::vector<std::int32_t>& choices, int r
   if (!sound) throw PeerFailure(cat("rank ", rank, " sent an id of no expert"));
 }
 
-void DispatchReceive::fetchRows(std::size_t rank, const StagedTokens& source) {
+void DispatchReceive::fetchRows(const std::vector<StagedTokens>& sources) {
+  const TraceScope scope(context_.trace, "fetch rows");
+  for (std::size_t r = 0; r < sources.size(); ++r) fetchRowsFrom(r, sources[r]);
+}
+
+void DispatchReceive::fetchRowsFrom(std::size_t rank, const StagedTokens& source) {
   const std::vector<std::int32_t>& slots = handle->sources[rank].slots;
   context_.workers.run(source.numTokens, kTokensPerPart, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t token = begin; token < end; ++token) {
@@ -286,16 +295,48 @@ void DispatchReceive::fetchRow(std::int64_t slot, const StagedTokens& source, st
     std::memcpy(out, in, format_.rowBytes);
   }
   static_cast<std::int32_t*>(outputs.sourceIndex.data)[to] = static_cast<std::int32_t>(token);
-  if (format_.numScales > 0) writeScales(slot, source.scales + from * format_.scaleBytes);
 }
 
-/// The caller's array of scales is usually in column-major order: a scale a line.
-void DispatchReceive::writeScales(std::int64_t slot, const std::byte* scales) {
+/// The caller's array of scales is usually in column-major order: a row's are far from each other,
+/// so those of an expert's rows are written together.
+void DispatchReceive::fetchScales(const std::vector<StagedTokens>& sources) {
+  const TraceScope scope(context_.trace, "fetch scales");
+  const std::int64_t experts = request_.outputs.recvCount.shape[0];
+  context_.workers.run(experts, 1, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<const std::byte*> rows;
+    for (std::int64_t expert = begin; expert < end; ++expert) {
+      rows.clear();
+      listScales(expert, sources, rows);
+      writeScales(expert, rows);
+    }
+  });
+}
+
+/// The staged scales of an expert's rows, in their order.
+void DispatchReceive::listScales(std::int64_t expert, const std::vector<StagedTokens>& sources,
+                                 std::vector<const std::byte*>& rows) const {
+  const auto ranks = static_cast<std::int64_t>(sources.size());
+  const auto* ranges = static_cast<const std::int64_t*>(request_.outputs.layoutRange.data);
+  const auto* tokens = static_cast<const std::int32_t*>(request_.outputs.sourceIndex.data);
+  for (std::int64_t r = 0; r < ranks; ++r) {
+    const auto count = static_cast<std::int32_t>(ranges[expert * ranks + r]);
+    for (std::int32_t i = 0; i < count; ++i) {
+      const std::int32_t token = tokens[expert * slotsPerExpert() + std::ssize(rows)];
+      rows.push_back(sources[static_cast<std::size_t>(r)].scales +
+                     static_cast<std::size_t>(token) * format_.scaleBytes);
+    }
+  }
+}
+
+void DispatchReceive::writeScales(std::int64_t expert, const std::vector<const std::byte*>& rows) {
   const TensorView& out = request_.outputs.scales;
-  auto* words = static_cast<std::uint32_t*>(out.data) + slot / slotsPerExpert() * out.strides[0] +
-                slot % slotsPerExpert() * out.strides[1];
+  auto* words = static_cast<std::uint32_t*>(out.data) + expert * out.strides[0];
   for (std::int64_t i = 0; i < out.shape[2]; ++i) {
-    std::memcpy(words + i * out.strides[2], scales + i * 4, sizeof(std::uint32_t));
+    std::uint32_t* column = words + i * out.strides[2];
+    for (const std::byte* row : rows) {
+      std::memcpy(column, row + i * 4, sizeof(*column));
+      column += out.strides[1];
+    }
   }
 }
 

@@ -117,6 +117,58 @@ struct Float32Sums {
   __m512 sums;
 };
 
+/// A group of bfloat16, as float8.
+struct Avx512Group {
+  static std::uint16_t largest(const std::byte* elements) {
+    __m512i most = _mm512_setzero_si512();
+    for (std::size_t i = 0; i < kGroupSize; i += 32) {
+      const __m512i magnitudes =
+          _mm512_and_si512(_mm512_loadu_si512(elements + i * 2), _mm512_set1_epi16(0x7FFF));
+      const __mmask32 counted = _mm512_cmple_epu16_mask(magnitudes, _mm512_set1_epi16(0x7F80));
+      most = _mm512_mask_max_epu16(most, counted, most, magnitudes);
+    }
+    const __m256i half =
+        _mm256_max_epu16(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
+    const __m128i quarter =
+        _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    // There is an instruction for the least of eight, and none for the largest.
+    const __m128i least = _mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1)));
+    return static_cast<std::uint16_t>(~_mm_extract_epi16(least, 0));
+  }
+
+  static void round(const std::byte* elements, float scale, std::byte* out) {
+    for (std::size_t i = 0; i < kGroupSize; i += 16) {
+      const auto* halves = reinterpret_cast<const __m256i*>(elements + i * 2);
+      const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(halves)), 16);
+      const __m512 values = _mm512_mul_ps(_mm512_castsi512_ps(wide), _mm512_set1_ps(scale));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i),
+                       _mm512_cvtepi32_epi8(roundWide(_mm512_castps_si512(values))));
+    }
+  }
+
+  static __m512i constant(std::uint32_t value) {
+    return _mm512_set1_epi32(static_cast<int>(value));
+  }
+
+  static __m512i roundWide(__m512i bits) {
+    const __m512i magnitude = _mm512_and_si512(bits, constant(0x7FFFFFFFu));
+    // A carry out of the mantissa rightly raises the exponent.
+    const __m512i rebased = _mm512_sub_epi32(magnitude, constant(Float8::kRebias));
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(rebased, 20), constant(1));
+    const __m512i raised = _mm512_add_epi32(rebased, constant(Float8::kHalf));
+    const __m512i normal = _mm512_srli_epi32(_mm512_add_epi32(raised, odd), 20);
+    const __m512 shifted =
+        _mm512_add_ps(_mm512_castsi512_ps(magnitude), _mm512_set1_ps(Float8::kDenormalShift));
+    const __m512i denormal = _mm512_and_si512(_mm512_castps_si512(shifted), constant(0xF));
+    const __mmask16 isSmall = _mm512_cmplt_epu32_mask(magnitude, constant(Float8::kLeastNormal));
+    const __m512i rounded = _mm512_mask_mov_epi32(normal, isSmall, denormal);
+    const __m512i finite = _mm512_min_epu32(rounded, constant(Float8::kLargest));
+    const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(bits, 24), constant(0x80));
+    const __mmask16 isNan = _mm512_cmpgt_epu32_mask(magnitude, constant(Float8::kInfinity));
+    return _mm512_mask_mov_epi32(_mm512_or_si512(finite, sign), isNan, constant(Float8::kNan));
+  }
+};
+
 template <class Sums>
 struct SumLine : Sums {
   static constexpr std::size_t kLinesAtOnce = 4;
@@ -135,6 +187,6 @@ constinit const RowKernels kAvx512Kernels = {
      &sumRows<SumLine<Float32Sums>>},
     {&weightedSumRows<SumLine<Bfloat16Sums>>, &weightedSumRows<SumLine<Float16Sums>>,
      &weightedSumRows<SumLine<Float32Sums>>},
-    &quantizeRow<BytesLine>};
+    &quantizeRow<Avx512Group>};
 
 }  // namespace mscclpp_ep::cpu

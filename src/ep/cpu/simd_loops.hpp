@@ -194,30 +194,17 @@ void weightedSumRows(void* out, const void* const* rows, const float* weights, s
   sumBytes<Line, false, true>(job, bytes);
 }
 
-/// Bits chosen by masks: compilers make vectors of it.
-template <class Tag>
-inline std::uint32_t chooseBits(bool condition, std::uint32_t yes, std::uint32_t no) {
-  const std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
-  return (yes & mask) | (no & ~mask);
-}
-
-/// Rounds to the nearest even float8 e4m3; what is too large becomes the largest, 448.
-template <class Tag>
-inline std::uint8_t float8FromFloat(float value) {
-  constexpr std::uint32_t kLeastNormal = (127u - 6u) << 23;  // 2^-6
-  const auto bits = __builtin_bit_cast(std::uint32_t, value);
-  const std::uint32_t sign = bits >> 24 & 0x80u;
-  const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
-  // The exponent's bias is 7 there and 127 here. A carry out of the mantissa rightly raises it.
-  const std::uint32_t rebased = magnitude - ((127u - 7u) << 23);
-  const std::uint32_t normal = (rebased + 0x7FFFFu + (rebased >> 20 & 1u)) >> 20;
-  // A denormal counts units of 2^-9, which is the last place of 2^14 in float32.
-  const float shifted = __builtin_bit_cast(float, magnitude) + 0x1p14f;
-  const std::uint32_t denormal = __builtin_bit_cast(std::uint32_t, shifted) & 0xFu;
-  const std::uint32_t rounded = chooseBits<Tag>(magnitude < kLeastNormal, denormal, normal);
-  const std::uint32_t finite = chooseBits<Tag>(rounded > 0x7Eu, 0x7Eu, rounded) | sign;
-  return static_cast<std::uint8_t>(chooseBits<Tag>(magnitude > 0x7F800000u, 0x7Fu, finite));
-}
+/// The numbers of float8 e4m3 as integers that are compared with magnitudes of float32.
+struct Float8 {
+  static constexpr std::uint32_t kLeastNormal = (127u - 6u) << 23;  ///< 2^-6
+  static constexpr std::uint32_t kRebias = (127u - 7u) << 23;       ///< biases are 7 and 127
+  static constexpr std::uint32_t kHalf = 0x7FFFFu;  ///< below half of a last place, to round
+  /// A denormal counts units of 2^-9, which is the last place of this in float32.
+  static constexpr float kDenormalShift = 0x1p14F;
+  static constexpr std::uint32_t kLargest = 0x7Eu;  ///< 448, what is too large becomes this
+  static constexpr std::uint32_t kNan = 0x7Fu;
+  static constexpr std::uint32_t kInfinity = 0x7F800000u;  ///< of float32
+};
 
 /// The scale of a group of which `amax` is the largest magnitude, and its inverse, which is kept.
 struct GroupScale {
@@ -226,8 +213,8 @@ struct GroupScale {
 };
 
 /// As DeepEP: 448 / amax, or the power of two that is the next at or below.
-template <class Tag>
-inline GroupScale groupScale(float amax, bool powersOfTwo) {
+template <class Group>
+GroupScale groupScale(float amax, bool powersOfTwo) {
   const float inverse = amax * (1.0F / 448.0F);
   if (!powersOfTwo) return {448.0F / amax, inverse};
   const auto bits = __builtin_bit_cast(std::uint32_t, inverse);
@@ -237,32 +224,33 @@ inline GroupScale groupScale(float amax, bool powersOfTwo) {
   return {__builtin_bit_cast(float, scale), __builtin_bit_cast(float, exponent << 23)};
 }
 
-/// RowKernels::quantize.
-template <class Tag>
+/// Quantises kGroupSize elements, and returns the inverse of their scale.
+template <class Group>
+float quantizeGroup(std::byte* out, const std::byte* in, bool powersOfTwo) {
+  // Magnitudes of floats are in the order of their bits.
+  const std::uint32_t bits = std::uint32_t{Group::largest(in)} << 16;
+  const float largest = __builtin_bit_cast(float, bits);
+  const GroupScale scale = groupScale<Group>(largest > 1e-4F ? largest : 1e-4F, powersOfTwo);
+  Group::round(in, scale.scale, out);
+  return scale.inverse;
+}
+
+/// RowKernels::quantize. `Group` does kGroupSize elements of bfloat16: largest(elements), the
+/// largest magnitude that is no NaN, and round(elements, scale, out).
+template <class Group>
 void quantizeRow(void* out, float* scales, const void* in, std::size_t n, bool powersOfTwo) {
-  auto* to = static_cast<std::uint8_t*>(out);
+  auto* to = static_cast<std::byte*>(out);
   const auto* from = static_cast<const std::byte*>(in);
-  for (std::size_t at = 0; at < n; at += kGroupSize, ++scales) {
-    const std::size_t count = n - at < kGroupSize ? n - at : kGroupSize;
-    std::uint16_t elements[kGroupSize] = {};
-    std::memcpy(elements, from + at * 2, count * 2);
-    // Magnitudes of floats are in the order of their bits; NaNs do not count, as in fmaxf.
-    std::uint16_t most = 0;
-    for (std::size_t i = 0; i < kGroupSize; ++i) {
-      const std::uint16_t magnitude = elements[i] & 0x7FFFu;
-      const std::uint16_t counted = magnitude > 0x7F80u ? std::uint16_t{0} : magnitude;
-      most = counted > most ? counted : most;
-    }
-    const float largest = __builtin_bit_cast(float, std::uint32_t{most} << 16);
-    const GroupScale scale = groupScale<Tag>(largest > 1e-4F ? largest : 1e-4F, powersOfTwo);
-    *scales = scale.inverse;
-    std::uint8_t quantized[kGroupSize];
-    for (std::size_t i = 0; i < kGroupSize; ++i) {
-      const float value = __builtin_bit_cast(float, std::uint32_t{elements[i]} << 16);
-      quantized[i] = float8FromFloat<Tag>(value * scale.scale);
-    }
-    std::memcpy(to + at, quantized, count);
+  std::size_t at = 0;
+  for (; n - at >= kGroupSize; at += kGroupSize) {
+    *scales++ = quantizeGroup<Group>(to + at, from + at * 2, powersOfTwo);
   }
+  if (at == n) return;
+  std::byte elements[kGroupSize * 2] = {};
+  std::byte rounded[kGroupSize];
+  std::memcpy(elements, from + at * 2, (n - at) * 2);
+  *scales = quantizeGroup<Group>(rounded, elements, powersOfTwo);
+  std::memcpy(to + at, rounded, n - at);
 }
 
 }  // namespace mscclpp_ep::cpu

@@ -29,7 +29,43 @@ inline void streamLine(std::byte* out, const std::byte* line) {
 #endif
 }
 
-struct BytesTag {};
+/// A group of bfloat16, as float8.
+struct PortableGroup {
+  static std::uint16_t element(const std::byte* elements, std::size_t i) {
+    std::uint16_t bits;
+    std::memcpy(&bits, elements + i * sizeof(bits), sizeof(bits));
+    return bits;
+  }
+
+  static std::uint16_t largest(const std::byte* elements) {
+    std::uint16_t most = 0;
+    for (std::size_t i = 0; i < kGroupSize; ++i) {
+      const auto magnitude = static_cast<std::uint16_t>(element(elements, i) & 0x7FFFu);
+      if (magnitude <= 0x7F80u && magnitude > most) most = magnitude;
+    }
+    return most;
+  }
+
+  static void round(const std::byte* elements, float scale, std::byte* out) {
+    for (std::size_t i = 0; i < kGroupSize; ++i) {
+      out[i] = roundOne(floatFromBfloat16(element(elements, i)) * scale);
+    }
+  }
+
+  static std::byte roundOne(float value) {
+    const auto bits = std::bit_cast<std::uint32_t>(value);
+    const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
+    if (magnitude > Float8::kInfinity) return static_cast<std::byte>(Float8::kNan);
+    // A carry out of the mantissa rightly raises the exponent.
+    const std::uint32_t rebased = magnitude - Float8::kRebias;
+    const std::uint32_t normal = (rebased + Float8::kHalf + (rebased >> 20 & 1u)) >> 20;
+    const float shifted = std::bit_cast<float>(magnitude) + Float8::kDenormalShift;
+    const std::uint32_t denormal = std::bit_cast<std::uint32_t>(shifted) & 0xFu;
+    const std::uint32_t rounded = magnitude < Float8::kLeastNormal ? denormal : normal;
+    const std::uint32_t finite = rounded > Float8::kLargest ? Float8::kLargest : rounded;
+    return static_cast<std::byte>(finite | (bits >> 24 & 0x80u));
+  }
+};
 
 void plainCopy(void* out, const void* in, std::size_t n) {
   if (n != 0) std::memcpy(out, in, n);
@@ -153,6 +189,6 @@ constinit const RowKernels kPortableKernels = {
      &sumRows<SumLine<Sums<Float32>>>},
     {&weightedSumRows<SumLine<Bfloat16Sums>>, &weightedSumRows<SumLine<Sums<Float16>>>,
      &weightedSumRows<SumLine<Sums<Float32>>>},
-    &quantizeRow<BytesTag>};
+    &quantizeRow<PortableGroup>};
 
 }  // namespace mscclpp_ep::cpu
