@@ -167,7 +167,8 @@ class LowLatencyMethods:
             topk_idx: int32 or int64 [T, K], as the dispatch was given it.
             topk_weights: float32 [T, K].
             handle: What the dispatch returned.
-            use_logfmt: Not built yet.
+            use_logfmt: Rows travel in 10 bits an element, a sign and a logarithm, where each group
+                of 128 elements allows: magnitudes below 1, not all the same.
             zero_copy: The rows are in the memory of `get_next_low_latency_combine_buffer`; `x`
                 only tells dtype and shape.
             async_finish: Return an event instead of waiting.

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "core/numeric.hpp"
+#include "core/logfmt.hpp"
 #include "cpu/low_latency.hpp"
 #include "cpu/rounds.hpp"
 
@@ -28,6 +28,18 @@ std::int64_t numOrdinals(const std::vector<std::int32_t>& ordinals) {
   return ordinals.empty() ? 0 : *std::max_element(ordinals.begin(), ordinals.end()) + 1;
 }
 
+/// The rows of which one token's result is the sum.
+struct Summands {
+  std::vector<const void*> rows;
+  std::vector<float> weights;
+  std::vector<std::uint16_t> decoded;  ///< rows that came as LogFMT
+
+  void clear() {
+    rows.clear();
+    weights.clear();
+  }
+};
+
 /// One combine, on one rank: at once the sender of what its experts made of others' tokens, and
 /// the receiver of what others' experts made of its own.
 class CombineReceive final : public LowLatencyReceive {
@@ -40,6 +52,7 @@ class CombineReceive final : public LowLatencyReceive {
         topk_(static_cast<std::size_t>(state_.topk)),
         hidden_(static_cast<std::size_t>(request_.signature.hidden)),
         rowBytes_(hidden_ * itemSize(request_.inputs.x.dtype)),
+        stagedBytes_(request_.options.logfmt ? logfmtRowBytes(hidden_) : rowBytes_),
         type_(static_cast<std::size_t>(sumType(request_.inputs.x.dtype))) {
     bufferId = context_.bufferId;
   }
@@ -58,8 +71,10 @@ class CombineReceive final : public LowLatencyReceive {
   void stagePartialSum(const std::int32_t* slots, const float* weights, std::byte* out) const;
   void bindRows(const std::vector<Message>& entries);
   void awaitRows();
-  void sumToken(std::int64_t token, std::vector<const void*>& rows,
-                std::vector<float>& weights) const;
+  void sumToken(std::int64_t token, Summands& summands) const;
+  void addRowsOfExperts(std::size_t first, Summands& summands) const;
+  void addSumsOfRanks(std::size_t first, Summands& summands) const;
+  void addRow(std::size_t rank, std::int32_t ordinal, Summands& summands) const;
 
   std::size_t numRanks() const { return static_cast<std::size_t>(context_.size()); }
   std::size_t self() const { return static_cast<std::size_t>(context_.rank()); }
@@ -77,6 +92,7 @@ class CombineReceive final : public LowLatencyReceive {
   const std::size_t topk_;
   const std::size_t hidden_;
   const std::size_t rowBytes_;
+  const std::size_t stagedBytes_;  ///< of a row on its way
   const std::size_t type_;
 
   // As a sender, by the rank whose tokens they are.
@@ -109,7 +125,7 @@ void CombineReceive::reserve() {
     // Slots tell experts apart as well as ids do.
     sendOrdinals_.push_back(returnOrdinals(source.slots, state_.topk, request_.options.exact));
     rowsOffset_.push_back(
-        plan.add(static_cast<std::size_t>(numOrdinals(sendOrdinals_.back())) * rowBytes_));
+        plan.add(static_cast<std::size_t>(numOrdinals(sendOrdinals_.back())) * stagedBytes_));
     weightsOf_.push_back(source.weights.data());
     const auto own = choicesOf(state_.topkIdx, *state_.placement, static_cast<int>(r));
     ordinals_.push_back(returnOrdinals(own, state_.topk, request_.options.exact));
@@ -170,7 +186,7 @@ void CombineReceive::bindRows(const std::vector<Message>& entries) {
     const auto entry = decode<LowLatencyCombineEntry>(entries[r]);
     rowsFrom_.push_back(
         context_.transport.peerMemory(static_cast<int>(r), entry.rows.segment, entry.rows.offset,
-                                      arrayBytes(numOrdinals(ordinals_[r]), rowBytes_)));
+                                      arrayBytes(numOrdinals(ordinals_[r]), stagedBytes_)));
   }
 }
 
@@ -195,11 +211,13 @@ void CombineReceive::stageToken(std::size_t source, std::int64_t token) const {
   std::byte* rows = lane.staging.data() + rowsOffset_[source];
   for (std::size_t k = 0; k < topk_; ++k) {
     if (slots[k] < 0 || std::find(ordinals, ordinals + k, ordinals[k]) != ordinals + k) continue;
-    std::byte* out = rows + static_cast<std::size_t>(ordinals[k]) * rowBytes_;
-    if (request_.options.exact) {
-      context_.kernels.copy(out, slot(slots[k]), rowBytes_);
-    } else {
+    std::byte* out = rows + static_cast<std::size_t>(ordinals[k]) * stagedBytes_;
+    if (!request_.options.exact) {
       stagePartialSum(slots, weightsOf_[source] + first, out);
+    } else if (request_.options.logfmt) {
+      encodeLogfmt({reinterpret_cast<const std::uint16_t*>(slot(slots[k])), hidden_}, out);
+    } else {
+      context_.kernels.copy(out, slot(slots[k]), rowBytes_);
     }
   }
 }
@@ -216,7 +234,14 @@ void CombineReceive::stagePartialSum(const std::int32_t* slots, const float* wei
     rows.push_back(slot(slots[k]));
     scales.push_back(weights[k]);
   }
-  context_.kernels.weightedSum[type_](out, rows.data(), scales.data(), rows.size(), hidden_);
+  if (!request_.options.logfmt) {
+    return context_.kernels.weightedSum[type_](out, rows.data(), scales.data(), rows.size(),
+                                               hidden_);
+  }
+  thread_local std::vector<std::uint16_t> sum;
+  sum.resize(hidden_);
+  context_.kernels.weightedSum[type_](sum.data(), rows.data(), scales.data(), rows.size(), hidden_);
+  encodeLogfmt(sum, out);
 }
 
 void CombineReceive::receive() {
@@ -224,9 +249,8 @@ void CombineReceive::receive() {
   awaitRows();
   const TraceScope scope(context_.trace, "reduce");
   context_.workers.run(state_.numTokens, kTokensPerPart, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<const void*> rows;
-    std::vector<float> weights;
-    for (std::int64_t t = begin; t < end; ++t) sumToken(t, rows, weights);
+    Summands summands;
+    for (std::int64_t t = begin; t < end; ++t) sumToken(t, summands);
   });
 }
 
@@ -252,35 +276,49 @@ void CombineReceive::awaitRows() {
   context_.transport.wait([&] { return missing().ranks.empty(); }, missing);
 }
 
-void CombineReceive::sumToken(std::int64_t token, std::vector<const void*>& rows,
-                              std::vector<float>& weights) const {
-  const std::size_t first = static_cast<std::size_t>(token) * topk_;
+void CombineReceive::sumToken(std::int64_t token, Summands& summands) const {
   auto* out = static_cast<std::byte*>(request_.outputs.x.data) +
               static_cast<std::size_t>(token) * rowBytes_;
-  rows.clear();
-  weights.clear();
+  summands.clear();
+  const std::size_t first = static_cast<std::size_t>(token) * topk_;
+  std::vector<const void*>& rows = summands.rows;
   if (request_.options.exact) {
-    for (std::size_t k = 0; k < topk_; ++k) {
-      const std::int32_t expert = state_.topkIdx[first + k];
-      if (expert < 0) continue;
-      const auto owner = static_cast<std::size_t>(state_.placement->owner(expert));
-      if (context_.masked(owner)) continue;
-      const auto ordinal = static_cast<std::size_t>(ordinals_[owner][first + k]);
-      rows.push_back(rowsFrom_[owner] + ordinal * rowBytes_);
-      weights.push_back(ownWeights()[first + k]);
-    }
-    return context_.kernels.weightedSum[type_](out, rows.data(), weights.data(), rows.size(),
-                                               hidden_);
+    addRowsOfExperts(first, summands);
+    return context_.kernels.weightedSum[type_](out, rows.data(), summands.weights.data(),
+                                               rows.size(), hidden_);
   }
+  addSumsOfRanks(first, summands);
+  context_.kernels.sum[type_](out, rows.data(), rows.size(), hidden_, 0.0F, false);
+}
+
+void CombineReceive::addRowsOfExperts(std::size_t first, Summands& summands) const {
+  for (std::size_t k = 0; k < topk_; ++k) {
+    const std::int32_t expert = state_.topkIdx[first + k];
+    if (expert < 0) continue;
+    const auto owner = static_cast<std::size_t>(state_.placement->owner(expert));
+    if (context_.masked(owner)) continue;
+    addRow(owner, ordinals_[owner][first + k], summands);
+    summands.weights.push_back(ownWeights()[first + k]);
+  }
+}
+
+void CombineReceive::addSumsOfRanks(std::size_t first, Summands& summands) const {
   for (std::size_t r = 0; r < numRanks(); ++r) {
     if (context_.masked(r)) continue;
     const std::int32_t* ordinals = ordinals_[r].data() + first;
     const std::int32_t* found =
         std::find_if(ordinals, ordinals + topk_, [](std::int32_t o) { return o >= 0; });
-    if (found == ordinals + topk_) continue;
-    rows.push_back(rowsFrom_[r] + static_cast<std::size_t>(*found) * rowBytes_);
+    if (found != ordinals + topk_) addRow(r, *found, summands);
   }
-  context_.kernels.sum[type_](out, rows.data(), rows.size(), hidden_, 0.0F, false);
+}
+
+void CombineReceive::addRow(std::size_t rank, std::int32_t ordinal, Summands& summands) const {
+  const std::byte* row = rowsFrom_[rank] + static_cast<std::size_t>(ordinal) * stagedBytes_;
+  if (!request_.options.logfmt) return summands.rows.push_back(row);
+  summands.decoded.resize(std::max(numRanks(), topk_) * hidden_);
+  const std::span decoded(summands.decoded.data() + summands.rows.size() * hidden_, hidden_);
+  decodeLogfmt(row, decoded);
+  summands.rows.push_back(decoded.data());
 }
 
 }  // namespace
