@@ -142,12 +142,11 @@ def check_cached(num_worst_tokens: int, **routing: object) -> None:
 
 def writable_view(name: str, array: Array | None) -> Any:
     """Imports a tensor that is written to."""
-    if array is None:
-        return None
-    if not _frameworks.is_writable(array):
+    imported = view(name, array)
+    if imported is not None and not _frameworks.is_writable(array):
         msg = f"{name} cannot be written to; give a tensor that can, or none"
         raise InvalidArgument(msg)
-    return view(name, array)
+    return imported
 
 
 def view(name: str, array: Array | None) -> Any:

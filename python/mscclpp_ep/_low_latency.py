@@ -177,6 +177,7 @@ class LowLatencyMethods:
             _check_order(async_finish, return_recv_hook, stream)
             check_low_latency_handle(handle)
             check_given("x", x, "[L, R * M, H]")
+            check_given("topk_idx", topk_idx, "[T, K], as the dispatch was given it")
             rows = self._zero_copy_rows(x, use_logfmt) if zero_copy else view("x", x)
             views = [rows, view("topk_idx", topk_idx), view("topk_weights", topk_weights)]
             views.append(
