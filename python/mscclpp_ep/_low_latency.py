@@ -29,7 +29,8 @@ class LowLatencyMethods:
     """Dispatch and combine of few tokens, received by expert.
 
     Below, M is the most tokens of any rank, S = ceil(H / 128), and T, H, K, R, E and L are as in
-    `Buffer`. Operations come in one order on every rank; two may be sent and not yet received.
+    `Buffer`. Operations come in one order on every rank; two may be sent and not yet received, and
+    a further one is sent after the older of them is received.
     """
 
     _core: CoreBuffer
@@ -83,8 +84,8 @@ class LowLatencyMethods:
             hook, returns.
 
         Raises:
-            InvalidArgument: An argument is wrong, or the ranks disagree; two operations are
-                waiting for their hooks.
+            InvalidArgument: An argument is wrong, or the ranks disagree; the operation before the
+                last is waiting for its hook.
             PeerFailure: Another rank refused its arguments, gave up, or died.
             Timeout: A wait lasted longer than the buffer's `timeout`.
         """
@@ -167,8 +168,8 @@ class LowLatencyMethods:
             The sums [T, H], an event, and the hook, or None.
 
         Raises:
-            InvalidArgument: An argument is wrong, or the ranks disagree; two operations are
-                waiting for their hooks.
+            InvalidArgument: An argument is wrong, or the ranks disagree; the operation before the
+                last is waiting for its hook.
             PeerFailure: Another rank refused its arguments, gave up, or died.
             Timeout: A wait lasted longer than the buffer's `timeout`.
         """
