@@ -100,6 +100,11 @@ def test_hook_misuse(ranks, seed):
     ranks.check(low_latency.hook_misuse, seed)
 
 
+@few
+def test_newer_hook_first(ranks, seed):
+    ranks.check(low_latency.newer_hook_first, seed)
+
+
 @several
 @pytest.mark.parametrize("pending", [1, 2])
 def test_hook_is_never_called(ranks, pending, seed):

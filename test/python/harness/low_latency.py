@@ -59,7 +59,8 @@ def draw_groups(rng: np.random.Generator, tokens: int, hidden: int) -> np.ndarra
         x[(kind == chosen)[..., None] & (rng.random(x.shape) < 0.02)] = value
     # Quotients half-way between two values of e4m3, if the scale is a power of two.
     x[kind == 5] = np.rint(x[kind == 5] * 32).clip(-448, 448)
-    return oracle.narrowed(x.reshape(tokens, -1)[:, :hidden].copy(), oracle.BFLOAT16)
+    rows = x.reshape(tokens, groups * oracle.GROUP)
+    return oracle.narrowed(rows[:, :hidden].copy(), oracle.BFLOAT16)
 
 
 class World:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import re
 
 import numpy as np
 
@@ -195,6 +196,21 @@ def hook_misuse(context, seed: int) -> None:
     ll.round_trip(context, buffer, QUICK, seed)
 
 
+def newer_hook_first(context, seed: int) -> None:
+    """While the older of two is out no third can be sent, even if the newer was received."""
+    world = world_of(QUICK, seed, context.size)
+    buffer = context.standing()
+    one, two = (ll.dispatch(context, buffer, world, t, return_recv_hook=True) for t in (0, 1))
+    two.hook()
+    error = steps.raised(ep.InvalidArgument, ll.dispatch, context, buffer, world)
+    assert "hook" in str(error), error
+    assert not re.search("two .* not received", str(error)), error
+    one.hook()
+    for turn, result in enumerate((one, two)):
+        ll.verify_dispatch(context, world, result, turn)
+    ll.round_trip(context, buffer, QUICK, seed)
+
+
 def hooks_never_called(context, pending: int, seed: int) -> None:
     """Operations that are out when a buffer is destroyed hold nobody up."""
     world = world_of(QUICK, seed, context.size)
@@ -321,9 +337,7 @@ def both_modes(context, seed: int) -> None:
         pending = ll.dispatch(context, buffer, world, turn, return_recv_hook=True)
         result = steps.dispatch(context, buffer, other)
         pending.hook()
-        returned = ll.combine(
-            context, buffer, world, pending.handle, turn, return_recv_hook=True
-        )
+        returned = ll.combine(context, buffer, world, pending.handle, turn, return_recv_hook=True)
         steps.verify_dispatch(context, other, result)
         combined = steps.combine(context, buffer, other, result.handle)
         returned[2]()
@@ -342,8 +356,8 @@ def across_epochs(context, first: int, seed: int) -> None:
         ll.round_trip(context, buffer, case, seed + turn)
         if turn % 2:
             steps.round_trip(context, buffer, cases.Case(tokens=(4, 0, 7)), seed + turn)
-    for turn in range(4):
-        world = world_of(QUICK, seed, context.size)
+    world = world_of(QUICK, seed, context.size)
+    for _ in range(4):
         out = [ll.dispatch(context, buffer, world, t, return_recv_hook=True) for t in (0, 1)]
         for t, result in enumerate(out):
             result.hook()
@@ -403,6 +417,7 @@ def exact_and_default_differ(context, seed: int) -> None:
     case = Case(tokens=(64,), hidden=64, experts=8, topk=8, combine_dtype="bfloat16")
     world = world_of(case, seed, context.size)
     assert context.size == 1 or not np.array_equal(
-        world.combined(0, exact=True).view(np.uint16), world.combined(0, exact=False).view(np.uint16)
+        world.combined(0, exact=True).view(np.uint16),
+        world.combined(0, exact=False).view(np.uint16),
     )
     one_handle_many_combines(context, case, seed)

@@ -23,7 +23,6 @@ from harness.programs.errors import (
     sparse,
     wider,
     with_entry,
-    without,
 )
 
 CASE = Case(tokens=(9, 14, 6), room=0, hidden=64, experts=8, topk=3)
@@ -117,7 +116,9 @@ def dispatch_mistakes() -> list[Bad]:
         "fp8-of-float32": (replaced(x=as_type("float32")), r"\bx\b", "float32", "use_fp8"),
         "fp8-of-bytes": (replaced(x=lambda x: x.view(np.uint8)), r"\bx\b", "uint8", "bfloat16"),
     }
-    mistakes += [Bad(n, "dispatch", spoil, says, QUANTISED) for n, (spoil, *says) in quantised.items()]
+    mistakes += [
+        Bad(n, "dispatch", spoil, says, QUANTISED) for n, (spoil, *says) in quantised.items()
+    ]
     return mistakes
 
 
@@ -147,7 +148,10 @@ def combine_mistakes() -> list[Bad]:
         "combine-x-bytes": (replaced(x=lambda x: x.view(np.uint8)), r"\bx\b", "uint8"),
         "combine-idx-missing": (replaced(topk_idx=always(None)), "topk_idx"),
         "combine-idx-no-tensor": (replaced(topk_idx=always("ids")), "topk_idx"),
-        "combine-idx-no-dimension": (replaced(topk_idx=lambda i: i[0, 0:1].reshape(())), "topk_idx"),
+        "combine-idx-no-dimension": (
+            replaced(topk_idx=lambda i: i[0, 0:1].reshape(())),
+            "topk_idx",
+        ),
         "combine-idx-longer": (replaced(topk_idx=longer), "topk_idx", TWO),
         "combine-idx-wider": (replaced(topk_idx=wider), "topk_idx", "4", "3"),
         "combine-idx-float": (replaced(topk_idx=as_type("float32")), "topk_idx", "float32"),
@@ -173,7 +177,9 @@ def combine_mistakes() -> list[Bad]:
             *("async_finish", "return_recv_hook"),
         ),
         "combine-stream": (replaced(stream=always(7)), "stream", "7"),
-        **{n: (replaced(out=new), r"\bout", *filter(None, says)) for n, (new, *says) in out.items()},
+        **{
+            n: (replaced(out=new), r"\bout", *filter(None, says)) for n, (new, *says) in out.items()
+        },
         **stats_mistakes(COMBINE_STATS, "int64", "int32"),
     }
     mistakes = [Bad(name, "combine", spoil, says, CASE) for name, (spoil, *says) in table.items()]
@@ -267,7 +273,10 @@ def foreign_handle(context, what: str, seed: int) -> None:
         other = cases.world_of(cases.Case(), seed, context.size)
         arguments["handle"] = steps.dispatch(context, buffer, other).handle
         expect_refusal(method, arguments, ("handle", "low_latency_dispatch"))
-        ordinary = {"x": other.outputs()[context.rank], "handle": ll.dispatch(context, buffer, world).handle}
+        ordinary = {
+            "x": other.outputs()[context.rank],
+            "handle": ll.dispatch(context, buffer, world).handle,
+        }
         expect_refusal(buffer.combine, ordinary, ("handle",))
         steps.raised(
             ep.InvalidArgument, buffer.get_next_low_latency_combine_buffer, arguments["handle"]
@@ -316,9 +325,7 @@ def combines_differ(context, what: str, seed: int) -> None:
         mine = other if what == "dtype" and odd else world
         handle = second if what == "handle" and odd else first
         extra = {"exact": what == "exact" and odd}
-        error = steps.raised(
-            ep.InvalidArgument, ll.combine, context, buffer, mine, handle, **extra
-        )
+        error = steps.raised(ep.InvalidArgument, ll.combine, context, buffer, mine, handle, **extra)
     says = {"operation": "operation", "dtype": "dtype", "handle": "handle", "exact": "exact"}
     assert says[what] in str(error), error
     assert "rank" in str(error), error
