@@ -398,7 +398,7 @@ def sum_of_copies(context, seed: int) -> None:
 def grows(context, seed: int) -> None:
     """What is sent grows and shrinks, with operations out, in both lanes."""
     buffer = context.buffer()
-    sizes = itertools.cycle([(3, 8), (200, 700), (9, 64), (90, 3000), (300, 1024)])
+    sizes = itertools.cycle([(3, 8), (90, 700), (9, 64), (40, 3000), (150, 1024)])
     for turn in range(5):
         out = []
         for step in range(2):
