@@ -18,7 +18,7 @@ ROUTED = [
     *(Case(f"early-{r}", routing=r, early_weights=True) for r in ("holes", "duplicates")),
     Case("duplicates-exact-int32", routing="duplicates", exact=True, index="int32", topk=9),
     *(Case(f"experts-{n}", experts=n, topk=min(n, 3)) for n in (1, 2, 3, 7, 10, 33)),
-    *(Case(f"topk-{k}", experts=24, topk=k, routing="holes") for k in (1, 2, 9, 22)),
+    *(Case(f"topk-{k}", experts=24, topk=k, routing="holes") for k in (0, 1, 2, 9, 22)),
     Case("topk-beyond-experts", experts=5, topk=22, routing="duplicates", exact=True),
     Case("no-tokens", tokens=(0,)),
     Case("some-without-tokens", tokens=(0, 7), room=0, kind="fp8"),
