@@ -39,7 +39,8 @@ class LowLatencyMethods:
     """Dispatch and combine of few tokens, received by expert.
 
     Below, M is the most tokens of any rank, S = ceil(H / 128), and T, H, K, R, E and L are as in
-    `Buffer`. Operations come in one order on every rank; two may be sent and not yet received.
+    `Buffer`. Operations come in one order on every rank; two may be sent and not yet received, and
+    a further one is sent after the older of them is received.
     """
 
     _core: CoreBuffer
@@ -95,8 +96,8 @@ class LowLatencyMethods:
             hook, returns.
 
         Raises:
-            InvalidArgument: An argument is wrong, or the ranks disagree; two operations are
-                waiting for their hooks.
+            InvalidArgument: An argument is wrong, or the ranks disagree; the operation before the
+                last is waiting for its hook.
             PeerFailure: Another rank refused its arguments, gave up, or died.
             Timeout: A wait lasted longer than the buffer's `timeout`.
         """
@@ -183,8 +184,8 @@ class LowLatencyMethods:
             The sums [T, H], an event, and the hook, or None.
 
         Raises:
-            InvalidArgument: An argument is wrong, or the ranks disagree; two operations are
-                waiting for their hooks.
+            InvalidArgument: An argument is wrong, or the ranks disagree; the operation before the
+                last is waiting for its hook.
             PeerFailure: Another rank refused its arguments, gave up, or died.
             Timeout: A wait lasted longer than the buffer's `timeout`.
         """
@@ -193,6 +194,7 @@ class LowLatencyMethods:
             _check_order(async_finish, return_recv_hook, stream)
             check_low_latency_handle(handle)
             check_given("x", x, "[L, R * M, H]")
+            check_given("topk_idx", topk_idx, "[T, K], as the dispatch was given it")
             rows = self._zero_copy_rows(x, use_logfmt) if zero_copy else view("x", x)
             views = [rows, view("topk_idx", topk_idx), view("topk_weights", topk_weights)]
             views.append(output_view("combine_wait_recv_cost_stats", combine_wait_recv_cost_stats))

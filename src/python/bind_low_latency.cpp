@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdint>
+#include <limits>
 
 #include "array.hpp"
 #include "bind.hpp"
@@ -42,11 +44,14 @@ LowLatencyDispatchOutputs makeOutputs(Buffer& buffer, const TensorView& x,
                                       const LowLatencyDispatchOptions& options,
                                       DispatchSent& sent) {
   const std::int64_t ranks = buffer.size();
-  if (x.ndim != 2 || options.numExperts < 1 || options.maxTokensPerRank < 1) return {};
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  const std::int64_t most = options.maxTokensPerRank;
+  if (x.ndim != 2 || most < 1 || most > kMost / ranks) return {};
+  if (options.numExperts < 1 || options.numExperts > kMost) return {};
   std::int64_t experts = numLocalExperts(options.numExperts, buffer.size(), buffer.rank());
   const auto& map = buffer.options().expertMap;
   if (!map.empty()) experts = std::count(map.begin(), map.end(), buffer.rank());
-  const std::int64_t slots = ranks * options.maxTokensPerRank;
+  const std::int64_t slots = ranks * most;
   const bool quantised = options.quantization != Quantization::none;
   const std::int64_t groups = (x.shape[1] + 127) / 128;
   sent.x = buffer.emptyLocal(std::array{experts, slots, x.shape[1]},

@@ -83,6 +83,34 @@ constexpr std::uint16_t float16FromFloat(float value) {
   return static_cast<std::uint16_t>(selectBits(isNanBits(bits), kNan16, result));
 }
 
+/// The format float8 e4m3, by the bits of its numbers and of the float32 that they are compared
+/// with.
+struct Float8 {
+  static constexpr std::uint32_t kLeastNormal = (127u - 6u) << 23;  ///< 2^-6
+  static constexpr std::uint32_t kRebias = (127u - 7u) << 23;       ///< biases are 7 and 127
+  static constexpr std::uint32_t kHalf = 0x7FFFFu;  ///< below half of a last place, to round
+  /// A denormal counts units of 2^-9, which is the last place of this in float32.
+  static constexpr float kDenormalShift = 0x1p14F;
+  static constexpr std::uint32_t kLargest = 0x7Eu;  ///< 448
+  static constexpr std::uint32_t kNan = 0x7Fu;
+  static constexpr std::uint32_t kInfinity = 0x7F800000u;  ///< of float32
+};
+
+/// Rounds to nearest even, where the rounding mode is that; what is too large becomes 448.
+constexpr std::uint8_t float8FromFloat(float value) {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
+  if (magnitude > Float8::kInfinity) return Float8::kNan;
+  // A carry out of the mantissa rightly raises the exponent.
+  const std::uint32_t rebased = magnitude - Float8::kRebias;
+  const std::uint32_t normal = (rebased + Float8::kHalf + (rebased >> 20 & 1u)) >> 20;
+  const float shifted = std::bit_cast<float>(magnitude) + Float8::kDenormalShift;
+  const std::uint32_t denormal = std::bit_cast<std::uint32_t>(shifted) & 0xFu;
+  const std::uint32_t rounded = magnitude < Float8::kLeastNormal ? denormal : normal;
+  const std::uint32_t finite = rounded > Float8::kLargest ? Float8::kLargest : rounded;
+  return static_cast<std::uint8_t>(finite | (bits >> 24 & 0x80u));
+}
+
 }  // namespace mscclpp_ep
 
 #endif  // MSCCLPP_EP_CORE_NUMERIC_HPP_

@@ -264,7 +264,8 @@ std::shared_ptr<ReceiveState> CpuBackend::sendLowLatency(const char* name, Opera
   EP_EXPECTS(!begun_, "a dispatch was begun and is not finished; finish it first");
   LowLatencyLane& lane = nextLane();
   EP_EXPECTS(!lane.busy,
-             "two low-latency operations are sent and not received; call the hook of one first");
+             "the low-latency operation before the last is sent and not received; call its hook "
+             "first");
   return run(name, [&]() -> std::shared_ptr<ReceiveState> {
     beginLowLatencyEpoch(name);
     lane.awaitReaders();
@@ -309,7 +310,8 @@ void CpuBackend::refuseLowLatency(LowLatencyLane& lane, Operation operation, std
 
 void CpuBackend::refuse(Operation operation, std::string_view why) {
   if (operation >= Operation::lowLatencyDispatch) {
-    EP_EXPECTS(!nextLane().busy, "two low-latency operations are sent and not received");
+    EP_EXPECTS(!nextLane().busy,
+               "the low-latency operation before the last is sent and not received");
     return run(name(operation), [&] {
       LowLatencyLane& lane = nextLane();
       beginLowLatencyEpoch(name(operation));

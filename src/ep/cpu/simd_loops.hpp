@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "core/numeric.hpp"
 #include "cpu/simd.hpp"
 
 // The loops of RowKernels, written once over types that say how an instruction set does a line.
@@ -193,18 +194,6 @@ void weightedSumRows(void* out, const void* const* rows, const float* weights, s
   const SumJob job{static_cast<std::byte*>(out), rows, weights, numRows, bytes, 0.0F};
   sumBytes<Line, false, true>(job, bytes);
 }
-
-/// The numbers of float8 e4m3 as integers that are compared with magnitudes of float32.
-struct Float8 {
-  static constexpr std::uint32_t kLeastNormal = (127u - 6u) << 23;  ///< 2^-6
-  static constexpr std::uint32_t kRebias = (127u - 7u) << 23;       ///< biases are 7 and 127
-  static constexpr std::uint32_t kHalf = 0x7FFFFu;  ///< below half of a last place, to round
-  /// A denormal counts units of 2^-9, which is the last place of this in float32.
-  static constexpr float kDenormalShift = 0x1p14F;
-  static constexpr std::uint32_t kLargest = 0x7Eu;  ///< 448, what is too large becomes this
-  static constexpr std::uint32_t kNan = 0x7Fu;
-  static constexpr std::uint32_t kInfinity = 0x7F800000u;  ///< of float32
-};
 
 /// The scale of a group of which `amax` is the largest magnitude, and its inverse, which is kept.
 struct GroupScale {

@@ -48,22 +48,8 @@ struct PortableGroup {
 
   static void round(const std::byte* elements, float scale, std::byte* out) {
     for (std::size_t i = 0; i < kGroupSize; ++i) {
-      out[i] = roundOne(floatFromBfloat16(element(elements, i)) * scale);
+      out[i] = std::byte{float8FromFloat(floatFromBfloat16(element(elements, i)) * scale)};
     }
-  }
-
-  static std::byte roundOne(float value) {
-    const auto bits = std::bit_cast<std::uint32_t>(value);
-    const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
-    if (magnitude > Float8::kInfinity) return static_cast<std::byte>(Float8::kNan);
-    // A carry out of the mantissa rightly raises the exponent.
-    const std::uint32_t rebased = magnitude - Float8::kRebias;
-    const std::uint32_t normal = (rebased + Float8::kHalf + (rebased >> 20 & 1u)) >> 20;
-    const float shifted = std::bit_cast<float>(magnitude) + Float8::kDenormalShift;
-    const std::uint32_t denormal = std::bit_cast<std::uint32_t>(shifted) & 0xFu;
-    const std::uint32_t rounded = magnitude < Float8::kLeastNormal ? denormal : normal;
-    const std::uint32_t finite = rounded > Float8::kLargest ? Float8::kLargest : rounded;
-    return static_cast<std::byte>(finite | (bits >> 24 & 0x80u));
   }
 };
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: MIT
 #include <doctest/doctest.h>
-#include <sys/mman.h>
 
 #include <array>
 #include <bit>
@@ -20,9 +19,13 @@
 
 #include "cpu/simd_loops.hpp"
 #include "mscclpp_ep/error.hpp"
+#include "support/bytes.hpp"
 
 namespace mscclpp_ep::cpu {
 namespace {
+
+using testing::FencedBytes;
+using testing::GuardedBytes;
 
 constexpr std::array kTypes = {SumType::bfloat16, SumType::float16, SumType::float32};
 
@@ -99,54 +102,6 @@ std::uint32_t referenceSum(SumType type, const std::vector<const void*>& rows, s
   return encode(type, sum);
 }
 
-/// Memory at a given distance from the start of a line, with bytes before and after it that
-/// nothing may change.
-class GuardedBytes {
- public:
-  GuardedBytes(std::size_t size, std::size_t offset) : size_(size) {
-    bytes_.assign(size + offset + 4 * kLineBytes, kGuard);
-    const auto address = reinterpret_cast<std::uintptr_t>(bytes_.data());
-    begin_ = kLineBytes + (-address & (kLineBytes - 1)) + offset;
-  }
-
-  std::byte* data() { return bytes_.data() + begin_; }
-
-  bool isGuardIntact() const {
-    for (std::size_t i = 0; i < bytes_.size(); ++i) {
-      if ((i < begin_ || i >= begin_ + size_) && bytes_[i] != kGuard) return false;
-    }
-    return true;
-  }
-
- private:
-  static constexpr std::byte kGuard{0xA5};
-  std::vector<std::byte> bytes_;
-  std::size_t size_;
-  std::size_t begin_;
-};
-
-/// Memory that ends at a page which cannot be read, and begins after another.
-class FencedBytes {
- public:
-  explicit FencedBytes(std::size_t pages) : size_(pages * kPage) {
-    void* base = ::mmap(nullptr, size_ + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    REQUIRE(base != MAP_FAILED);
-    base_ = static_cast<std::byte*>(base);
-    REQUIRE(::mprotect(base_ + kPage, size_, PROT_READ | PROT_WRITE) == 0);
-  }
-  ~FencedBytes() { ::munmap(base_, size_ + 2 * kPage); }
-  FencedBytes(const FencedBytes&) = delete;
-  FencedBytes& operator=(const FencedBytes&) = delete;
-
-  std::byte* begin() const { return base_ + kPage; }
-  std::byte* end() const { return begin() + size_; }
-
- private:
-  static constexpr std::size_t kPage = 65536;  // a multiple of every processor's
-  std::byte* base_;
-  std::size_t size_;
-};
-
 /// Random bits, half of them replaced by values at which something special happens.
 class ElementSource {
  public:
@@ -171,6 +126,41 @@ class ElementSource {
  private:
   std::mt19937_64 random_{12345};
 };
+
+/// As the C library's fmaf computes it, a step a row.
+std::uint32_t referenceWeightedSum(SumType type, const std::vector<const void*>& rows,
+                                   const std::vector<float>& weights, std::size_t j) {
+  float sum = 0.0f;
+  for (std::size_t r = 0; r < rows.size(); ++r) {
+    const auto* element = static_cast<const std::byte*>(rows[r]) + j * elementSize(type);
+    sum = std::fma(decode(type, loadElement(type, element)), weights[r], sum);
+  }
+  return encode(type, sum);
+}
+
+/// What is wrong with a weighted sum by any of the kernels, or nothing.
+std::string weightedSumMismatch(SumType type, const std::vector<const void*>& rows,
+                                const std::vector<float>& weights, std::size_t n,
+                                std::size_t outOffset) {
+  std::vector<std::uint32_t> expected(n);
+  for (std::size_t j = 0; j < n; ++j) expected[j] = referenceWeightedSum(type, rows, weights, j);
+  for (const RowKernels* kernels : availableRowKernels()) {
+    GuardedBytes out(n * elementSize(type), outOffset * elementSize(type));
+    const auto index = static_cast<std::size_t>(type);
+    kernels->weightedSum[index](out.data(), rows.data(), weights.data(), rows.size(), n);
+    const std::string what = std::string(kernels->name) + " type " + std::to_string(index) +
+                             " rows " + std::to_string(rows.size()) + " n " + std::to_string(n) +
+                             " offset " + std::to_string(outOffset);
+    if (!out.isGuardIntact()) return what + ": wrote outside of the row";
+    for (std::size_t j = 0; j < n; ++j) {
+      const auto got = loadElement(type, out.data() + j * elementSize(type));
+      if (got == expected[j]) continue;
+      return what + ": element " + std::to_string(j) + " is " + std::to_string(got) + ", not " +
+             std::to_string(expected[j]);
+    }
+  }
+  return "";
+}
 
 /// What is wrong with a sum of `rows` by `kernels`, or nothing.
 std::string sumMismatch(const RowKernels& kernels, SumType type,
@@ -363,6 +353,67 @@ TEST_CASE("the order of the additions is the order of the rows") {
   }
 }
 
+TEST_CASE("weighted sums are right for every length, alignment and number of rows") {
+  ElementSource source;
+  for (SumType type : kTypes) {
+    for (std::size_t n = 0; n <= 300; ++n) {
+      const std::size_t numRows = n % 10;
+      const RandomRows rows(source, type, numRows, n);
+      std::vector<float> weights(numRows);
+      for (float& weight : weights) {
+        weight = decode(SumType::float32, source.next(SumType::float32));
+      }
+      const std::size_t offset = source.below(kLineBytes / elementSize(type));
+      CHECK(weightedSumMismatch(type, rows.pointers(), weights, n, offset) == "");
+      // Numbers of like magnitude: sums that round, rather than overflow.
+      for (float& weight : weights) weight = static_cast<float>(source.below(2001)) / 1000 - 1;
+      CHECK(weightedSumMismatch(type, rows.pointers(), weights, n, n % 7) == "");
+    }
+  }
+}
+
+TEST_CASE("weighted sums of long rows are right at every alignment") {
+  ElementSource source;
+  for (SumType type : kTypes) {
+    for (std::size_t offset = 0; offset < kLineBytes / elementSize(type); ++offset) {
+      const std::size_t n = 1500 + source.below(200);
+      const RandomRows rows(source, type, 3, n);
+      CHECK(weightedSumMismatch(type, rows.pointers(), {0.3f, -1.7f, 1e-3f}, n, offset) == "");
+    }
+  }
+}
+
+TEST_CASE("every 16-bit value is weighted, alone and after a random other") {
+  constexpr std::size_t kCount = 1u << 16;
+  ElementSource source;
+  for (SumType type : {SumType::bfloat16, SumType::float16}) {
+    std::vector<std::uint16_t> all(kCount);
+    std::vector<std::uint16_t> others(kCount);
+    for (std::size_t i = 0; i < kCount; ++i) {
+      all[i] = static_cast<std::uint16_t>(i);
+      others[i] = static_cast<std::uint16_t>(source.next(type));
+    }
+    for (float weight : {1.0f, 0.1f, -3.0f, 0.0f, 1e-38f, 1e38f}) {
+      CHECK(weightedSumMismatch(type, {all.data()}, {weight}, kCount, 0) == "");
+      CHECK(weightedSumMismatch(type, {others.data(), all.data()}, {0.7f, weight}, kCount, 0) ==
+            "");
+    }
+  }
+}
+
+TEST_CASE("a step of a weighted sum rounds once") {
+  // (1 + 2^-12)^2 - (1 + 2^-11) is 2^-24, which is lost if the product is rounded first.
+  const std::vector<float> one(100, 1.0f);
+  const std::vector<float> factor(100, 1.0f + 0x1p-12f);
+  const void* rows[] = {one.data(), factor.data()};
+  const float weights[] = {-(1.0f + 0x1p-11f), 1.0f + 0x1p-12f};
+  for (const RowKernels* kernels : availableRowKernels()) {
+    std::vector<float> out(100, 7.0f);
+    kernels->weightedSum[2](out.data(), rows, weights, 2, out.size());
+    CHECK(out == std::vector<float>(100, 0x1p-24f));
+  }
+}
+
 TEST_CASE("copies are right for every length and alignment") {
   for (const RowKernels* kernels : availableRowKernels()) {
     for (const bool stream : {false, true}) {
@@ -396,6 +447,8 @@ TEST_CASE("nothing outside of the rows is read") {
           const auto index = static_cast<std::size_t>(type);
           kernels->sum[index](to, rows, 2, bytes / elementSize(type), 0.0f, true);
           kernels->sum[index](to, rows, 2, bytes / elementSize(type), 0.0f, false);
+          const float weights[] = {0.5f, 2.0f};
+          kernels->weightedSum[index](to, rows, weights, 2, bytes / elementSize(type));
         }
       };
       check(out.end() - bytes, first.end() - bytes, second.end() - bytes);

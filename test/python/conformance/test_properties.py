@@ -8,7 +8,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from harness.cases import ROUTINGS, Case, Scales
-from harness.programs import basics
+from harness.low_latency import KINDS
+from harness.low_latency import Case as LowLatencyCase
+from harness.programs import basics, low_latency
 
 FLOATS = ("bfloat16", "float16", "float32")
 BYTES = ("uint8", "float8_e4m3fn", "float8_e5m2", "int8")
@@ -63,6 +65,22 @@ worst_cases = st.builds(
     st.sampled_from(["exact", "room", "short", "one"]),
 )
 
+low_latency_cases = st.builds(
+    LowLatencyCase,
+    tokens=st.lists(st.integers(0, 30), min_size=1, max_size=4).map(tuple),
+    room=st.integers(0, 9),
+    hidden=st.one_of(st.integers(1, 40), st.sampled_from([64, 128, 257, 700, 1024])),
+    experts=st.integers(1, 40),
+    topk=st.integers(1, 22),
+    index=st.sampled_from(["int32", "int64"]),
+    values=st.sampled_from(["normal", "special", "bits", "groups"]),
+    routing=st.sampled_from(ROUTINGS),
+    kind=st.sampled_from(KINDS),
+    combine_dtype=st.sampled_from(FLOATS),
+    early_weights=st.booleans(),
+    exact=st.booleans(),
+)
+
 
 @pytest.mark.ranks(1, 3, 8, modes=("thread",))
 @settings(examples, max_examples=100)
@@ -85,3 +103,18 @@ def test_round_trip(ranks, case, seed):
 @given(case=worst_cases, seed=seeds)
 def test_round_trip_with_worst_tokens(ranks, case, seed):
     ranks.check(basics.drops_are_reported, case, seed)
+
+
+@pytest.mark.ranks(1, 3, modes=("thread",))
+@settings(examples, max_examples=60)
+@given(case=low_latency_cases, seed=seeds)
+def test_low_latency_round_trip(ranks, case, seed):
+    ranks.check(low_latency.check, case, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(2, 8)
+@settings(examples, max_examples=200)
+@given(case=low_latency_cases, seed=seeds)
+def test_many_low_latency_round_trips(ranks, case, seed):
+    ranks.check(low_latency.check, case, seed)
