@@ -8,6 +8,8 @@ import resource
 import socket
 from pathlib import Path
 
+_MEMINFO = Path("/proc/meminfo")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
 
@@ -30,8 +32,8 @@ def memory_total() -> int | None:
 
 
 def _meminfo(name: str) -> int | None:
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in _MEMINFO.read_text(encoding="ascii").splitlines():
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) << 10
     return None
@@ -61,12 +63,16 @@ def _cgroup_memory() -> list[tuple[int, int]]:
 def _cgroup_folders() -> list[tuple[Path, str, str]]:
     """Return the folders of version 1 and 2, with the names of their files."""
     try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        # A group's name may hold any bytes.
+        lines = _OWN_CGROUPS.read_text("utf-8", "surrogateescape").split("\n")
     except OSError:
         return []
     folders = []
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, _, named = line.partition(":")
+        controllers, colon, path = named.partition(":")
+        if not colon:
+            continue
         if controllers == "":
             root, names = _CGROUPS, ("memory.max", "memory.current")
         elif "memory" in controllers.split(","):
