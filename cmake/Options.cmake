@@ -3,6 +3,7 @@
 option(MSCCLPP_BUILD_EXT_EP "Build libmscclpp_ep at all" ${PROJECT_IS_TOP_LEVEL})
 option(MSCCLPP_EP_BUILD_PYTHON "Build the Python extension (pip does; it needs nanobind)" OFF)
 option(MSCCLPP_EP_BUILD_TESTS "Build the C++ unit tests (they need doctest)" OFF)
+option(MSCCLPP_EP_BUILD_FUZZERS "Build the libFuzzer programs of test/fuzz (they need clang)" OFF)
 option(MSCCLPP_EP_BUILD_EXAMPLES "Build the C++ examples" OFF)
 set(MSCCLPP_EP_SANITIZE "" CACHE STRING "Sanitizers: empty, 'address;undefined' or 'thread'")
 set_property(CACHE MSCCLPP_EP_SANITIZE PROPERTY STRINGS "" "address;undefined" "thread")
@@ -36,6 +37,14 @@ if(NOT MSCCLPP_BUILD_EXT_EP)
       message(FATAL_ERROR "MSCCLPP_EP_BUILD_${part} needs MSCCLPP_BUILD_EXT_EP=ON.")
     endif()
   endforeach()
+endif()
+
+if(MSCCLPP_EP_BUILD_FUZZERS AND NOT MSCCLPP_EP_BUILD_TESTS)
+  message(FATAL_ERROR "MSCCLPP_EP_BUILD_FUZZERS needs MSCCLPP_EP_BUILD_TESTS=ON.")
+endif()
+if(MSCCLPP_EP_BUILD_FUZZERS AND NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
+  message(FATAL_ERROR "MSCCLPP_EP_BUILD_FUZZERS needs clang, which has libFuzzer; the compiler is "
+                      "${CMAKE_CXX_COMPILER_ID}. Use the preset 'fuzz', or set CMAKE_CXX_COMPILER.")
 endif()
 
 if(MSCCLPP_EP_BUILD_PYTHON AND NOT BUILD_SHARED_LIBS)

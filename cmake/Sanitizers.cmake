@@ -23,3 +23,9 @@ if(MSCCLPP_EP_SANITIZE)
     target_compile_options(mscclpp_ep_sanitizers INTERFACE -Wno-tsan)
   endif()
 endif()
+
+if(MSCCLPP_EP_BUILD_FUZZERS)
+  # The fuzzer sees which branches of the library an input reaches.
+  target_compile_options(mscclpp_ep_sanitizers INTERFACE -fsanitize=fuzzer-no-link)
+  target_link_options(mscclpp_ep_sanitizers INTERFACE -fsanitize=fuzzer-no-link)
+endif()

@@ -110,9 +110,9 @@ def _env_key(size: int, port: int) -> bytes:
     """Return the key of the handshake; without a token it is no secret."""
     if "MSCCLPP_EP_TOKEN" in os.environ:
         text = _env_text("MSCCLPP_EP_TOKEN", "a secret that all ranks share")
-        return hashlib.sha256(b"mscclpp_ep token " + text.encode()).digest()
+        return hashlib.sha256(b"mscclpp_ep token " + os.fsencode(text)).digest()
     job = next((os.environ[name] for name in _JOB_ID_VARIABLES if os.environ.get(name)), "")
-    return hashlib.sha256(f"mscclpp_ep job {size} {port} {job}".encode()).digest()
+    return hashlib.sha256(os.fsencode(f"mscclpp_ep job {size} {port} {job}")).digest()
 
 
 def place_from_env(rank: int, size: int) -> Place:
@@ -124,7 +124,7 @@ def place_from_env(rank: int, size: int) -> Place:
     host = _env_text("MASTER_ADDR", "the host of rank 0").strip()
     ports = _env_ports()
     local = os.environ.get("LOCAL_WORLD_SIZE", "")
-    several_hosts = local.isdigit() and int(local) < size
+    several_hosts = local.isdecimal() and len(local) < 10 and int(local) < size
     return Place(rank, size, host, ports, _env_key(size, ports[0]), several_hosts)
 
 
@@ -138,7 +138,7 @@ def _bind_address(place: Place) -> tuple[socket.AddressFamily, str]:
     """
     try:
         found = socket.getaddrinfo(place.host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         msg = f"MASTER_ADDR is {place.host!r}, which has no address ({error}); give rank 0's host"
         raise InvalidArgument(msg) from None
     family, *_, address = min(found, key=lambda info: info[0] != socket.AF_INET)

@@ -86,7 +86,7 @@ class _Folder:
         """Return the object in a file, empty if there is none."""
         try:
             found = json.loads(self.read(name) or b"{}")
-        except ValueError:
+        except (RecursionError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -206,10 +206,9 @@ class FileChannel:
         for _ in _pauses(deadline):
             self._check_rank()
             roster = self._folder.read_json("roster")
-            nonces = roster.get("nonces", [])
-            if len(nonces) != self._size or nonces[self._rank] != self._nonce:
+            if not self._is_ours(roster):
                 continue
-            if roster["final"]:
+            if roster.get("final"):
                 return str(roster["id"])
             if roster["id"] != acknowledged:
                 acknowledged = roster["id"]
@@ -217,6 +216,17 @@ class FileChannel:
         here = {int(name[6:]) for name in self._folder.names() if re.fullmatch(r"hello-\d+", name)}
         missing = set(range(self._size)) - here
         raise self._missed(missing or {0}, "the rendezvous", deadline)
+
+    def _is_ours(self, roster: dict[str, Any]) -> bool:
+        """Tell whether a roster holds this rank's nonce, and an id, of which names are made."""
+        nonces, found = roster.get("nonces"), roster.get("id")
+        return (
+            isinstance(nonces, list)
+            and len(nonces) == self._size
+            and nonces[self._rank] == self._nonce
+            and isinstance(found, str)
+            and re.fullmatch("[0-9a-f]{32}", found) is not None
+        )
 
     def _missed(self, missing: Iterable[int], what: str, deadline: Deadline) -> Timeout:
         return Timeout(f"{name_ranks(missing)} did not come to {what} in {deadline.seconds:g} s")

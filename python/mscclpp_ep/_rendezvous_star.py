@@ -152,9 +152,16 @@ class Spoke(_Star):
             raise self._missed(deadline, "rank 0") from None
         except OSError:
             pass  # Rank 0 may have said why before it left.
-        reply = self._receive(wire.DATA, deadline)
-        lengths = struct.unpack_from(f"!{self._size}Q", reply)
-        return wire.split(reply, (8 * self._size, *lengths))[1:]
+        return self._parts(self._receive(wire.DATA, deadline))
+
+    def _parts(self, reply: bytes) -> list[bytes]:
+        """Return the parts in rank 0's reply, which begins with their lengths."""
+        header = struct.Struct(f"!{self._size}Q")
+        lengths = header.unpack_from(reply) if len(reply) >= header.size else ()
+        if header.size + sum(lengths) != len(reply):
+            msg = f"rank 0 sent a malformed reply in gather {self._sequence}"
+            raise PeerFailure(msg)
+        return wire.split(reply, (header.size, *lengths))[1:]
 
     def _receive(self, kind: int, deadline: Deadline) -> bytes:
         missing = "rank 0"
@@ -166,7 +173,9 @@ class Spoke(_Star):
             elif error := frame.error():
                 raise error
             elif frame.kind == wire.STATUS:
-                missing = frame.data.decode()
+                missing = frame.data.decode(errors="replace")
+                if deadline.expired():  # also if rank 0 never stops saying so
+                    raise self._missed(deadline, missing)
             elif frame.kind != kind or frame.sequence != self._sequence:
                 raise out_of_step(0, frame, self._sequence)
             else:

@@ -73,7 +73,7 @@ def memory_total(root: Path = ROOT) -> int | None:
 def _meminfo(name: str, root: Path) -> int | None:
     for line in _text(root / "proc/meminfo").splitlines():
         if line.startswith(f"{name}:"):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, IndexError):
                 return int(line.split()[1]) << 10
     return None
 
@@ -116,8 +116,11 @@ def cgroup_processes_left(root: Path = ROOT) -> int | None:
 def _cgroup_folders(controller: str, root: Path) -> list[Path]:
     """Return the folders of version 1 and 2, from this process's own to the root."""
     folders: list[Path] = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+    for line in _text(root / "proc/self/cgroup").split("\n"):
+        _, _, named = line.partition(":")
+        controllers, colon, path = named.partition(":")
+        if not colon:
+            continue
         if controllers == "":
             top = root / "sys/fs/cgroup"
         elif controller in controllers.split(","):
@@ -133,7 +136,8 @@ def _cgroup_folders(controller: str, root: Path) -> list[Path]:
 def _text(path: Path) -> str:
     """Return the text of a file, empty if it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        # A group's name may hold any bytes.
+        return path.read_text("utf-8", "surrogateescape")
     except (OSError, ValueError):
         return ""
 

@@ -18,7 +18,11 @@ struct Field {
   std::string (*value)(const Signature&);
 };
 
-std::string dtypeName(std::uint32_t dtype) { return name(static_cast<DataType>(dtype)); }
+/// Of any number, as a peer wrote it.
+std::string dtypeName(std::uint32_t dtype) {
+  constexpr auto kLast = static_cast<std::uint32_t>(DataType::float8E5m2Fnuz);
+  return dtype <= kLast ? name(static_cast<DataType>(dtype)) : cat("the unknown code ", dtype);
+}
 std::string given(bool yes) { return yes ? "given" : "not given"; }
 
 // The first that differs is reported, so what explains most comes first.

@@ -148,7 +148,7 @@ void checkChoices(const BufferFacts& facts, const LowLatencyCombineInputs& input
               {"topk_weights", {DataType::float32}, {state.numTokens, state.topk}, shape});
   const auto* weights = static_cast<const float*>(inputs.topkWeights.data);
   const bool changed =
-      state.hasWeights &&
+      !state.ownWeights.empty() &&
       std::memcmp(weights, state.ownWeights.data(), state.ownWeights.size() * sizeof(float)) != 0;
   EP_EXPECTS(!changed,
              "topk_weights differ from those that the dispatch was given and has sent along; give "

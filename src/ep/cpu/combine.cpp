@@ -159,23 +159,20 @@ void RowReducer::bindSource(std::size_t rank, const CombineEntry& entry) {
   const std::int64_t first = handle_.firstRowAt[rank];
   source.count = rowsKept(first, handle_.plan->numRows[rank], handle_.capacityAt[rank]);
   if (source.count == 0) return;
-  const auto skip = static_cast<std::size_t>(first);
-  const auto count = static_cast<std::size_t>(source.count);
   if (static_cast<int>(rank) == context_.rank()) {
+    const auto skip = static_cast<std::size_t>(first);
     source.rows = static_cast<const std::byte*>(request_.inputs.x.data) + skip * rowBytes_;
     source.weights =
         static_cast<const std::byte*>(request_.inputs.topkWeights.data) + skip * weightBytes_;
     return;
   }
-  Transport& transport = context_.transport;
   const int peer = static_cast<int>(rank);
+  const RowRange range{first, source.count};
   source.staged = entry.rows.access == Access::staged;
-  source.rows = transport.peerMemory(peer, entry.rows.segment, entry.rows.offset + skip * rowBytes_,
-                                     count * rowBytes_);
+  source.rows =
+      peerRows(context_, peer, entry.rows, range, rowBytes_, itemSize(request_.inputs.x.dtype));
   if (weightBytes_ == 0) return;
-  source.weights =
-      transport.peerMemory(peer, entry.weights.segment, entry.weights.offset + skip * weightBytes_,
-                           count * weightBytes_);
+  source.weights = peerRows(context_, peer, entry.weights, range, weightBytes_, sizeof(float));
 }
 
 /// Copies the next rows for each of the others. False if none are left.

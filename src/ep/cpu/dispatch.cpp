@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "cpu/columns.hpp"
 #include "cpu/landing.hpp"
@@ -78,6 +79,12 @@ class RowMover {
   std::size_t numRanks() const { return targets_.size(); }
   std::int64_t rowBytes(int column) const {
     return static_cast<std::int64_t>(writer_.rowBytes(column));
+  }
+
+  /// Of what is written element by element; rows and scales are copied as bytes.
+  std::size_t elementBytes(int column) const {
+    if (column == kTopkIdx) return itemSize(request_.inputs.topkIdx.dtype);
+    return column == kTopkWeights || column == kSourceIndex ? sizeof(std::int32_t) : 1;
   }
 
   Context& context_;
@@ -162,6 +169,11 @@ void RowMover::receivePublications(const std::vector<Message>& publications) {
 void RowMover::bindTarget(std::size_t rank, const DispatchPublish& publication) {
   RowWriter::Target& target = targets_[rank];
   target.rank = static_cast<int>(rank);
+  if (publication.capacity < 0 || publication.firstRow < 0 ||
+      publication.firstRow > std::numeric_limits<std::int32_t>::max()) {
+    throw PeerFailure(
+        cat("rank ", rank, " published row ", publication.firstRow, " of ", publication.capacity));
+  }
   target.firstRow = publication.firstRow;
   target.capacity = publication.capacity;
   target.ringRows = std::max<std::int64_t>(publication.ringRows, 1);
@@ -175,8 +187,8 @@ void RowMover::bindTarget(std::size_t rank, const DispatchPublish& publication) 
     const ArrayAddress& address = publication.columns[column];
     target.lands[column] = address.access == Access::landing;
     const std::int64_t rows = target.lands[column] ? target.ringRows : target.capacity;
-    target.columns[column] = context_.transport.peerMemory(
-        target.rank, address.segment, address.offset, arrayBytes(rows, writer_.rowBytes(column)));
+    target.columns[column] = peerRows(context_, target.rank, address, {0, rows},
+                                      writer_.rowBytes(column), elementBytes(column));
     // While one half of a ring is written, the other is on its way out of it.
     if (target.lands[column]) step_ = std::min(step_, std::max<std::int64_t>(rows / 2, 1));
   }

@@ -38,8 +38,19 @@ void addCounts(const Message& message, std::size_t offset, std::vector<std::int6
   for (std::size_t expert = 0; expert < sums.size(); ++expert) {
     std::int32_t count = 0;
     std::memcpy(&count, message.data() + offset + expert * sizeof(count), sizeof(count));
+    if (count < 0) throw PeerFailure("a rank sent a negative count for an expert");
     sums[expert] += count;
   }
+}
+
+/// The rows that a rank says it has for this one: as few as its tokens, of which there are at most
+/// 2^31 - 1.
+std::int64_t rowsOf(const Message& message, std::size_t rank) {
+  const std::int64_t rows = decode<DispatchEntry>(message).numRows;
+  if (rows < 0 || rows > std::numeric_limits<std::int32_t>::max()) {
+    throw PeerFailure(cat("rank ", rank, " announced ", rows, " rows"));
+  }
+  return rows;
 }
 
 void exchangeLongCounts(Context& context, const std::vector<std::vector<std::int32_t>>& counts,
@@ -82,7 +93,7 @@ DispatchPlan exchangeCounts(Context& context, const DispatchRequest& request) {
       plan.numRowsFrom.push_back(request.cached != nullptr ? request.cached->numRowsFrom[r] : 0);
       continue;
     }
-    plan.numRowsFrom.push_back(decode<DispatchEntry>(message).numRows);
+    plan.numRowsFrom.push_back(rowsOf(message, r));
     if (inEntry) addCounts(message, sizeof(DispatchEntry), plan.perExpert);
   }
   if (!inEntry) exchangeLongCounts(context, counts, plan.perExpert);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "core/check.hpp"
 #include "core/layout.hpp"
 #include "core/memory_map.hpp"
 
@@ -67,6 +68,10 @@ bool Landing::takeArrived() {
     if (peer == context_.rank()) continue;
     if (context_.masked(rank)) continue;
     const std::int64_t arrived = context_.raised(kRowsPushed, peer);
+    if (arrived > numRowsFrom_[rank]) {
+      throw PeerFailure(cat("rank ", rank, " sent ", arrived, " rows after it had announced ",
+                            numRowsFrom_[rank]));
+    }
     all = all && arrived >= numRowsFrom_[rank];
     if (!used_ || arrived <= taken_[rank]) continue;
     copyOut(rank, taken_[rank], arrived);

@@ -69,7 +69,7 @@ class CombineReceive final : public LowLatencyReceive {
   void stageRows();
   void stageToken(std::size_t source, std::int64_t token) const;
   void stagePartialSum(const std::int32_t* slots, const float* weights, std::byte* out) const;
-  void bindRows(const std::vector<Message>& entries);
+  void bindRows();
   void awaitRows();
   void sumToken(std::int64_t token, Summands& summands) const;
   void addRowsOfExperts(std::size_t first, Summands& summands) const;
@@ -103,6 +103,7 @@ class CombineReceive final : public LowLatencyReceive {
 
   // As the receiver, by the rank of the experts.
   std::vector<std::vector<std::int32_t>> ordinals_;  ///< [T, K]
+  std::vector<ArrayAddress> rowsAt_;
   std::vector<const std::byte*> rowsFrom_;
   bool collected_ = false;
 };
@@ -153,7 +154,9 @@ const std::vector<Message>& CombineReceive::collect() {
   const auto& entries = context_.mailbox.collect(epoch, static_cast<std::uint32_t>(Round::entry),
                                                  "the entry into the operation");
   requireEntries(context_, entries);
-  bindRows(entries);
+  for (const Message& entry : entries) {
+    rowsAt_.push_back(entry.empty() ? ArrayAddress{} : decode<LowLatencyCombineEntry>(entry).rows);
+  }
   collected_ = true;
   return entries;
 }
@@ -167,26 +170,26 @@ void CombineReceive::bindWeights(const std::vector<Message>& entries) {
     weightsOf_[r] = nullptr;
     if (entries[r].empty()) continue;
     const auto entry = decode<LowLatencyCombineEntry>(entries[r]);
-    weightsOf_[r] = reinterpret_cast<const float*>(context_.transport.peerMemory(
-        static_cast<int>(r), entry.weights.segment, entry.weights.offset,
-        arrayBytes(state_.sources[r].numTokens, topk_ * sizeof(float))));
+    weightsOf_[r] = reinterpret_cast<const float*>(
+        peerRows(context_, static_cast<int>(r), entry.weights, {0, state_.sources[r].numTokens},
+                 topk_ * sizeof(float), sizeof(float)));
   }
 }
 
-void CombineReceive::bindRows(const std::vector<Message>& entries) {
+/// Not before rows are received: other operations may come between, in which a transport lets go of
+/// what a peer does not share any more.
+void CombineReceive::bindRows() {
   for (std::size_t r = 0; r < numRanks(); ++r) {
     if (r == self()) {
       rowsFrom_.push_back(lane.staging.data() + rowsOffset_[r]);
       continue;
     }
-    if (entries[r].empty()) {
+    if (context_.masked(r)) {
       rowsFrom_.push_back(nullptr);
       continue;
     }
-    const auto entry = decode<LowLatencyCombineEntry>(entries[r]);
-    rowsFrom_.push_back(
-        context_.transport.peerMemory(static_cast<int>(r), entry.rows.segment, entry.rows.offset,
-                                      arrayBytes(numOrdinals(ordinals_[r]), stagedBytes_)));
+    rowsFrom_.push_back(peerRows(context_, static_cast<int>(r), rowsAt_[r],
+                                 {0, numOrdinals(ordinals_[r])}, stagedBytes_, alignof(float)));
   }
 }
 
@@ -246,6 +249,7 @@ void CombineReceive::stagePartialSum(const std::int32_t* slots, const float* wei
 
 void CombineReceive::receive() {
   if (!collected_) collect();
+  bindRows();
   awaitRows();
   const TraceScope scope(context_.trace, "reduce");
   context_.workers.run(state_.numTokens, kTokensPerPart, [&](std::int64_t begin, std::int64_t end) {

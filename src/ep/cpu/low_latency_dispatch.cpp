@@ -210,16 +210,15 @@ StagedTokens DispatchReceive::locate(int rank, const LowLatencyDispatchEntry& en
     throw PeerFailure(cat("rank ", rank, " sent ", entry.numTokens, " tokens; at most ",
                           request_.signature.maxTokens, " can come"));
   }
-  const auto at = [&](const ArrayAddress& address, std::size_t elementBytes) {
-    return context_.transport.peerMemory(rank, address.segment, address.offset,
-                                         arrayBytes(entry.numTokens, elementBytes));
+  const auto at = [&](const ArrayAddress& address, std::size_t rowBytes, std::size_t alignment) {
+    return peerRows(context_, rank, address, {0, entry.numTokens}, rowBytes, alignment);
   };
   const auto choices = static_cast<std::size_t>(topk_);
-  StagedTokens tokens{entry.numTokens, at(entry.rows, format_.rowBytes),
-                      at(entry.scales, format_.scaleBytes),
-                      reinterpret_cast<std::int32_t*>(at(entry.topkIdx, choices * 4)), nullptr};
+  StagedTokens tokens{entry.numTokens, at(entry.rows, format_.rowBytes, 1),
+                      at(entry.scales, format_.scaleBytes, 1),
+                      reinterpret_cast<std::int32_t*>(at(entry.topkIdx, choices * 4, 4)), nullptr};
   if (handle->hasWeights) {
-    tokens.weights = reinterpret_cast<float*>(at(entry.weights, choices * 4));
+    tokens.weights = reinterpret_cast<float*>(at(entry.weights, choices * 4, 4));
   }
   return tokens;
 }

@@ -19,6 +19,23 @@ void throwRefusalOfOneGone(const Context& context) {
 
 }  // namespace
 
+std::byte* peerRows(const Context& context, int peer, const ArrayAddress& address,
+                    const RowRange& rows, std::size_t rowBytes, std::size_t alignment) {
+  std::uint64_t offset = 0;
+  std::size_t bytes = 0;
+  const bool sound =
+      rows.first >= 0 && rows.count >= 0 &&
+      !__builtin_mul_overflow(static_cast<std::uint64_t>(rows.first), rowBytes, &offset) &&
+      !__builtin_add_overflow(offset, address.offset, &offset) &&
+      !__builtin_mul_overflow(static_cast<std::size_t>(rows.count), rowBytes, &bytes) &&
+      offset % alignment == 0;
+  if (!sound) {
+    throw PeerFailure(cat("rank ", peer, " published ", rows.count, " rows of ", rowBytes,
+                          " bytes at ", address.offset, ", where no such rows can be"));
+  }
+  return context.transport.peerMemory(peer, address.segment, offset, bytes);
+}
+
 const std::vector<Message>& exchangeEntries(Context& context,
                                             const std::vector<Message>& outgoing) {
   const TraceScope scope(context.trace, "entry");

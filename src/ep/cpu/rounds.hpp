@@ -33,6 +33,16 @@ Record decode(const Message& message) {
   return record;
 }
 
+struct RowRange {
+  std::int64_t first = 0;
+  std::int64_t count = 0;
+};
+
+/// Rows of an array whose address a peer wrote, of elements of `alignment` bytes. Throws
+/// PeerFailure if the peer has no such memory.
+std::byte* peerRows(const Context& context, int peer, const ArrayAddress& address,
+                    const RowRange& rows, std::size_t rowBytes, std::size_t alignment);
+
 /// Exchanges the entries of an operation, each of which begins with an EntryHead, and returns those
 /// of all ranks. Throws OperationRefused unless every rank takes part in the same operation.
 const std::vector<Message>& exchangeEntries(Context& context, const std::vector<Message>& outgoing);

@@ -4,6 +4,9 @@
 #include <cfenv>
 #include <cstdlib>
 #include <string>
+#if !defined(MSCCLPP_EP_PORTABLE_ONLY)
+#include <cpuid.h>
+#endif
 #if defined(__SSE2__)
 #include <xmmintrin.h>
 #endif
@@ -23,9 +26,14 @@ struct AvailableKernels {
 #if defined(MSCCLPP_EP_PORTABLE_ONLY)
 AvailableKernels findAvailableKernels() { return {{&kPortableKernels, nullptr, nullptr}, 1}; }
 #else
+/// Clang's __builtin_cpu_supports() does not know "f16c" before version 19.
+bool hasF16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+
 bool canRunAvx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
-         __builtin_cpu_supports("fma");
+  return __builtin_cpu_supports("avx2") && hasF16c() && __builtin_cpu_supports("fma");
 }
 
 bool canRunAvx512() {

@@ -141,7 +141,7 @@ class Rendezvous {
     for (int r = 1; r < size_; ++r) {
       Member& member = roster_.members[static_cast<std::size_t>(r)];
       std::string nonce = files_.read(cat(".hello.", r)).value_or(member.nonce);
-      if (nonce.size() == nonce_.size() && nonce != member.nonce) {
+      if (isNonce(nonce) && nonce != member.nonce) {
         member.nonce = std::move(nonce);
         isNew = true;
       } else if (!member.acknowledged && files_.read(cat(".ack.", r)) == roster_.id) {
@@ -160,9 +160,8 @@ class Rendezvous {
 
   bool follow() {
     Roster found = parseRoster(files_.read(kRoster).value_or(""));
-    if (std::ranges::find(found.members, nonce_, &Member::nonce) == found.members.end()) {
-      return false;
-    }
+    const auto own = std::ranges::find(found.members, nonce_, &Member::nonce);
+    if (own == found.members.end() || !isNonce(found.id)) return false;
     EP_EXPECTS(static_cast<int>(found.members.size()) == size_, "rank ", rank_,
                " was given a group of ", size_, " ranks, and rank 0 one of ", found.members.size());
     if (found.id != roster_.id) files_.publish(ack_, found.id);

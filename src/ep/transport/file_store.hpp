@@ -31,6 +31,11 @@ inline std::string makeNonce() {
   return text;
 }
 
+/// Whether a text may be what makeNonce() returned, so that it is safe as part of a name.
+inline bool isNonce(std::string_view text) {
+  return text.size() == 32 && text.find_first_not_of("0123456789abcdef") == text.npos;
+}
+
 /// The files whose names begin with a prefix.
 class FileStore {
  public:
@@ -39,7 +44,8 @@ class FileStore {
   /// Nothing if there is no such file.
   std::optional<std::string> read(const std::string& name) const {
     const std::string path = prefix_ + name;
-    const int opened = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    // O_NONBLOCK: a pipe of this name must not make the rank wait for a writer.
+    const int opened = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (opened == -1 && errno == ENOENT) return std::nullopt;
     const FileDescriptor file(EP_SYS_TRY(opened, "cannot open ", path));
     std::string text;

@@ -159,8 +159,9 @@ void Mailbox::takeSlot(int rank, const SlotHeader& header, const std::byte* payl
   const auto index = static_cast<std::size_t>(rank);
   Message& message = incoming_[index];
   const std::size_t bytes = signalValue(header.flag) - 1;
+  // A slot without bytes, of a message that has some, could be followed by others without end.
   if (bytes > kSlotPayload || header.totalBytes > kLargestMessage ||
-      message.size() + bytes > header.totalBytes) {
+      (bytes == 0 && header.totalBytes > 0) || message.size() + bytes > header.totalBytes) {
     throw PeerFailure(cat("rank ", rank, " sent a malformed message"));
   }
   message.insert(message.end(), payload, payload + bytes);

@@ -34,10 +34,12 @@ std::string_view takeWord(std::string_view& text) {
   return word;
 }
 
+/// Nothing if the number is negative, which stands for no limit.
 std::optional<std::int64_t> parseNumber(std::string_view text) {
   std::string_view rest = text;
   const std::string_view word = takeWord(rest);
   std::int64_t value = 0;
+  if (word.starts_with('-')) return std::nullopt;
   const auto [end, error] = std::from_chars(word.data(), word.data() + word.size(), value);
   if (error == std::errc::result_out_of_range) return kUnlimited;
   if (error != std::errc{} || end != word.data() + word.size()) return std::nullopt;
@@ -106,7 +108,7 @@ int coresOfAffinity() {
 std::optional<std::int64_t> parseMemAvailable(std::string_view meminfo) {
   const auto kibibytes = parseStat(meminfo, "MemAvailable:");
   if (!kibibytes) return std::nullopt;
-  return *kibibytes * 1024;
+  return *kibibytes > kUnlimited / 1024 ? kUnlimited : *kibibytes * 1024;
 }
 
 ControlGroups parseControlGroups(std::string_view text) {

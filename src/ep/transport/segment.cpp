@@ -2,6 +2,7 @@
 #include "transport/segment.hpp"
 
 #include <sys/mman.h>
+#include <sys/stat.h>
 
 #include <atomic>
 #include <cerrno>
@@ -46,6 +47,12 @@ Registry& registry() {
 }
 
 }  // namespace
+
+std::uint64_t fileBytes(int fd) {
+  struct stat facts{};
+  EP_SYS_TRY(::fstat(fd, &facts), "cannot tell the size of shared memory");
+  return static_cast<std::uint64_t>(facts.st_size);
+}
 
 Segment::Segment(FileDescriptor fd, std::byte* data, std::size_t bytes)
     : fd_(std::move(fd)), data_(data), bytes_(bytes) {}

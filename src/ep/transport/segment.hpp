@@ -12,6 +12,9 @@
 
 namespace mscclpp_ep {
 
+/// The bytes of the file behind shared memory.
+std::uint64_t fileBytes(int fd);
+
 class Segment {
  public:
   /// New zeroed memory, every page of it touched. Throws SystemError, before it takes any, if there

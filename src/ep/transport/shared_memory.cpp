@@ -62,7 +62,7 @@ SharedMemory::SharedMemory(Bootstrap& bootstrap, SharedMemoryOptions options)
   spinLimit_ = crowded ? std::chrono::microseconds(2) : std::chrono::microseconds(50);
   announce(kControlSegment, control->bytes(), control->fd());
   for (int peer = 0; peer < size(); ++peer) {
-    if (peer != rank_) at(peer).control = findSegment(peer, kControlSegment);
+    if (peer != rank_) at(peer).control = findControl(peer);
   }
   connecting_ = false;
 }
@@ -148,6 +148,16 @@ std::shared_ptr<Segment> SharedMemory::findSegment(int peer, std::uint32_t id) {
   return segments[id];
 }
 
+std::shared_ptr<Segment> SharedMemory::findControl(int peer) {
+  auto control = findSegment(peer, kControlSegment);
+  if (control->bytes() < map_.bytes()) {
+    throw PeerFailure(cat("rank ", peer, " has a control segment of ", control->bytes(),
+                          " bytes instead of ", map_.bytes(),
+                          "; use the same version of mscclpp_ep on every rank"));
+  }
+  return control;
+}
+
 std::shared_ptr<Segment> SharedMemory::findThreadsSegment(int peer, std::uint32_t id) {
   auto segment = SegmentRegistry::find({at(peer).link.localRank, id});
   if (segment == nullptr) throw PeerFailure(cat("rank ", peer, " has destroyed its buffer"));
@@ -178,6 +188,16 @@ std::byte* SharedMemory::peerMemory(int peer, std::uint32_t id, std::uint64_t of
   return segment->data() + offset;
 }
 
+/// Access to memory beyond the end of its file would end this process.
+std::shared_ptr<Segment> SharedMemory::mapAnnounced(int peer, FileDescriptor fd,
+                                                    std::uint64_t bytes) {
+  const std::uint64_t found = fileBytes(fd.get());
+  if (bytes > found) {
+    throw PeerFailure(cat("rank ", peer, " shared ", bytes, " bytes of memory that has ", found));
+  }
+  return Segment::map(std::move(fd), bytes);
+}
+
 /// Maps the segments that a peer has announced, and notices its end.
 void SharedMemory::takeMessages(int peer) {
   Peer& from = at(peer);
@@ -199,11 +219,13 @@ void SharedMemory::takeMessages(int peer) {
         static_cast<bool>(received.fd) != (announcement.bytes != 0)) {
       throw PeerFailure(cat("rank ", peer, " sent a malformed message"));
     }
-    if (announcement.bytes == 0) {
-      from.segments.erase(announcement.id);
-    } else {
-      from.segments[announcement.id] = Segment::map(std::move(received.fd), announcement.bytes);
+    if (const auto old = from.segments.find(announcement.id); old != from.segments.end()) {
+      // A peer that unshares too early must not take away memory that is being used.
+      retired_.push_back(std::move(old->second));
+      from.segments.erase(old);
     }
+    if (announcement.bytes == 0) continue;
+    from.segments[announcement.id] = mapAnnounced(peer, std::move(received.fd), announcement.bytes);
   }
 }
 
@@ -224,6 +246,7 @@ std::string SharedMemory::describe() const {
 void SharedMemory::beginOperation(const char* name, std::uint64_t epoch) {
   operation_ = name;
   epoch_ = epoch;
+  retired_.clear();
   if (newThreadSegments_) forgetThreadsSegments();
 }
 

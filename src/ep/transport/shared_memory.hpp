@@ -66,6 +66,8 @@ class SharedMemory final : public Transport {
 
   void announce(std::uint32_t id, std::size_t bytes, int fd);
   std::shared_ptr<Segment> findSegment(int peer, std::uint32_t id);
+  std::shared_ptr<Segment> findControl(int peer);
+  std::shared_ptr<Segment> mapAnnounced(int peer, FileDescriptor fd, std::uint64_t bytes);
   std::shared_ptr<Segment> findThreadsSegment(int peer, std::uint32_t id);
   void forgetThreadsSegments();
   std::shared_ptr<Segment> createControl(ConnectOptions& options, std::exception_ptr& failure);
@@ -95,6 +97,7 @@ class SharedMemory final : public Transport {
   const bool shrink_;
   const pid_t process_;
   std::vector<Peer> peers_;
+  std::vector<std::shared_ptr<Segment>> retired_;  ///< unshared in this operation
   std::uint32_t nextSegment_ = 1;
   bool newThreadSegments_ = false;  ///< some that a thread shared before may be obsolete
   const char* operation_ = "connecting";

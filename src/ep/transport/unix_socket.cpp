@@ -119,7 +119,8 @@ Arrival receiveMessage(int socket, std::span<std::byte> buffer, ReceivedMessage&
   header.msg_iovlen = 1;
   header.msg_control = space;
   header.msg_controllen = sizeof(space);
-  const ssize_t bytes = ::recvmsg(socket, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  // MSG_TRUNC: of a longer message its whole length, so that it is not taken for one that fits.
+  const ssize_t bytes = ::recvmsg(socket, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC | MSG_TRUNC);
   if (bytes < 0) return wouldBlock(errno) ? Arrival::nothing : Arrival::closed;
   if (bytes == 0) return Arrival::closed;
   received.bytes = static_cast<std::size_t>(bytes);

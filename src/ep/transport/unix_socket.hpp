@@ -38,7 +38,8 @@ struct ReceivedMessage {
   FileDescriptor fd;
 };
 enum class Arrival { message, nothing, closed };
-/// Takes one message into `buffer`, without waiting.
+/// Takes one message into `buffer`, without waiting. Of one that does not fit `received.bytes` is
+/// larger than the buffer.
 Arrival receiveMessage(int socket, std::span<std::byte> buffer, ReceivedMessage& received);
 
 /// A descriptor that becomes readable when the process ends; empty if the kernel has none.
