@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "core/numeric.hpp"
+#include "cpu/integrity.hpp"
 #include "cpu/low_latency.hpp"
 #include "cpu/rounds.hpp"
 
@@ -40,7 +41,8 @@ class CombineReceive final : public LowLatencyReceive {
         topk_(static_cast<std::size_t>(state_.topk)),
         hidden_(static_cast<std::size_t>(request_.signature.hidden)),
         rowBytes_(hidden_ * itemSize(request_.inputs.x.dtype)),
-        type_(static_cast<std::size_t>(sumType(request_.inputs.x.dtype))) {
+        type_(static_cast<std::size_t>(sumType(request_.inputs.x.dtype))),
+        verifier_(context_, "low-latency combine") {
     bufferId = context_.bufferId;
   }
 
@@ -50,18 +52,23 @@ class CombineReceive final : public LowLatencyReceive {
 
  private:
   void reserve();
+  void sealWeights() const;
   void post();
   const std::vector<Message>& collect();
   void bindWeights(const std::vector<Message>& entries);
+  void verifyWeights(std::size_t rank, const LowLatencyCombineEntry& entry) const;
   void stageRows();
   void stageToken(std::size_t source, std::int64_t token) const;
   void stagePartialSum(const std::int32_t* slots, const float* weights, std::byte* out) const;
   void bindRows(const std::vector<Message>& entries);
+  const std::byte* rowFrom(std::size_t rank, std::int64_t token, std::int32_t ordinal) const;
   void awaitRows();
   void sumToken(std::int64_t token, std::vector<const void*>& rows,
                 std::vector<float>& weights) const;
 
   std::size_t numRanks() const { return static_cast<std::size_t>(context_.size()); }
+  /// Whether peers read this rank's weights, and it theirs.
+  bool weightsTravel() const { return !request_.options.exact && !state_.hasWeights; }
   std::size_t self() const { return static_cast<std::size_t>(context_.rank()); }
   const std::byte* slot(std::int32_t index) const {
     return static_cast<const std::byte*>(request_.inputs.x.data) +
@@ -78,16 +85,20 @@ class CombineReceive final : public LowLatencyReceive {
   const std::size_t hidden_;
   const std::size_t rowBytes_;
   const std::size_t type_;
+  const RowVerifier verifier_;
 
   // As a sender, by the rank whose tokens they are.
   std::vector<std::vector<std::int32_t>> sendOrdinals_;  ///< [T, K]
   std::vector<std::size_t> rowsOffset_;                  ///< in the staging
   std::vector<const float*> weightsOf_;                  ///< [T, K]
   std::size_t weightsOffset_ = 0;
+  std::size_t weightSealsOffset_ = 0;
+  std::vector<std::size_t> rowSealsOffset_;
 
   // As the receiver, by the rank of the experts.
   std::vector<std::vector<std::int32_t>> ordinals_;  ///< [T, K]
   std::vector<const std::byte*> rowsFrom_;
+  std::vector<const RowSeal*> sealsFrom_;  ///< in the integrity mode; null: this rank's own
   bool collected_ = false;
 };
 
@@ -95,7 +106,7 @@ void CombineReceive::send() {
   reserve();
   post();
   lane.stagedEpoch = epoch;
-  if (!request_.options.exact && !state_.hasWeights) bindWeights(collect());
+  if (weightsTravel()) bindWeights(collect());
   stageRows();
 }
 
@@ -104,12 +115,14 @@ void CombineReceive::reserve() {
   StagingPlan plan;
   const auto choices = static_cast<std::size_t>(state_.numTokens) * topk_;
   weightsOffset_ = plan.add(choices * sizeof(float));
+  weightSealsOffset_ = plan.add(weightsTravel() ? sealBytes(context_, state_.numTokens) : 0);
   for (std::size_t r = 0; r < numRanks(); ++r) {
     const SourceRows& source = state_.sources[r];
     // Slots tell experts apart as well as ids do.
     sendOrdinals_.push_back(returnOrdinals(source.slots, state_.topk, request_.options.exact));
     rowsOffset_.push_back(
         plan.add(static_cast<std::size_t>(numOrdinals(sendOrdinals_.back())) * rowBytes_));
+    rowSealsOffset_.push_back(plan.add(sealBytes(context_, numOrdinals(sendOrdinals_.back()))));
     weightsOf_.push_back(source.weights.data());
     const auto own = choicesOf(state_.topkIdx, *state_.placement, static_cast<int>(r));
     ordinals_.push_back(returnOrdinals(own, state_.topk, request_.options.exact));
@@ -117,6 +130,16 @@ void CombineReceive::reserve() {
   lane.staging.reserve(std::max<std::size_t>(plan.bytes(), 1));
   std::copy_n(ownWeights(), choices,
               reinterpret_cast<float*>(lane.staging.data() + weightsOffset_));
+  if (context_.integrity && weightsTravel()) sealWeights();
+}
+
+void CombineReceive::sealWeights() const {
+  auto* seals = reinterpret_cast<RowSeal*>(lane.staging.data() + weightSealsOffset_);
+  for (std::int64_t token = 0; token < state_.numTokens; ++token) {
+    const float* weights = ownWeights() + static_cast<std::size_t>(token) * topk_;
+    seals[token] = {checksum(weights, topk_ * sizeof(float)),
+                    packTag(context_.rank(), token, epoch)};
+  }
 }
 
 void CombineReceive::post() {
@@ -126,6 +149,8 @@ void CombineReceive::post() {
     entry.signature = request_.signature;
     entry.weights = lane.staging.address(weightsOffset_);
     entry.rows = lane.staging.address(rowsOffset_[r]);
+    entry.weightSeals = lane.staging.address(weightSealsOffset_);
+    entry.rowSeals = lane.staging.address(rowSealsOffset_[r]);
     outgoing.push_back(encode(entry));
   }
   context_.mailbox.post(epoch, static_cast<std::uint32_t>(Round::entry), outgoing,
@@ -154,6 +179,20 @@ void CombineReceive::bindWeights(const std::vector<Message>& entries) {
     weightsOf_[r] = reinterpret_cast<const float*>(context_.transport.peerMemory(
         static_cast<int>(r), entry.weights.segment, entry.weights.offset,
         arrayBytes(state_.sources[r].numTokens, topk_ * sizeof(float))));
+    if (context_.integrity) verifyWeights(r, entry);
+  }
+  verifier_.throwIfDamaged();
+}
+
+void CombineReceive::verifyWeights(std::size_t rank, const LowLatencyCombineEntry& entry) const {
+  const std::int64_t tokens = state_.sources[rank].numTokens;
+  const auto* seals = reinterpret_cast<const RowSeal*>(
+      context_.transport.peerMemory(static_cast<int>(rank), entry.weightSeals.segment,
+                                    entry.weightSeals.offset, sealBytes(context_, tokens)));
+  for (std::int64_t token = 0; token < tokens; ++token) {
+    const float* weights = weightsOf_[rank] + static_cast<std::size_t>(token) * topk_;
+    verifier_.check(static_cast<int>(rank), token, checksum(weights, topk_ * sizeof(float)),
+                    seals[token]);
   }
 }
 
@@ -161,16 +200,23 @@ void CombineReceive::bindRows(const std::vector<Message>& entries) {
   for (std::size_t r = 0; r < numRanks(); ++r) {
     if (r == self()) {
       rowsFrom_.push_back(lane.staging.data() + rowsOffset_[r]);
+      sealsFrom_.push_back(nullptr);
       continue;
     }
     if (entries[r].empty()) {
       rowsFrom_.push_back(nullptr);
+      sealsFrom_.push_back(nullptr);
       continue;
     }
     const auto entry = decode<LowLatencyCombineEntry>(entries[r]);
     rowsFrom_.push_back(
         context_.transport.peerMemory(static_cast<int>(r), entry.rows.segment, entry.rows.offset,
                                       arrayBytes(numOrdinals(ordinals_[r]), rowBytes_)));
+    sealsFrom_.push_back(
+        context_.integrity ? reinterpret_cast<const RowSeal*>(context_.transport.peerMemory(
+                                 static_cast<int>(r), entry.rowSeals.segment, entry.rowSeals.offset,
+                                 sealBytes(context_, numOrdinals(ordinals_[r]))))
+                           : nullptr);
   }
 }
 
@@ -201,6 +247,9 @@ void CombineReceive::stageToken(std::size_t source, std::int64_t token) const {
     } else {
       stagePartialSum(slots, weightsOf_[source] + first, out);
     }
+    if (!context_.integrity) continue;
+    auto* seals = reinterpret_cast<RowSeal*>(lane.staging.data() + rowSealsOffset_[source]);
+    seals[ordinals[k]] = {checksum(out, rowBytes_), packTag(context_.rank(), token, epoch)};
   }
 }
 
@@ -228,6 +277,7 @@ void CombineReceive::receive() {
     std::vector<float> weights;
     for (std::int64_t t = begin; t < end; ++t) sumToken(t, rows, weights);
   });
+  verifier_.throwIfDamaged();
 }
 
 void CombineReceive::awaitRows() {
@@ -252,6 +302,17 @@ void CombineReceive::awaitRows() {
   context_.transport.wait([&] { return missing().ranks.empty(); }, missing);
 }
 
+/// A row that came back for a token.
+const std::byte* CombineReceive::rowFrom(std::size_t rank, std::int64_t token,
+                                         std::int32_t ordinal) const {
+  const auto at = static_cast<std::size_t>(ordinal);
+  const std::byte* row = rowsFrom_[rank] + at * rowBytes_;
+  if (sealsFrom_[rank] != nullptr) {
+    verifier_.check(static_cast<int>(rank), token, checksum(row, rowBytes_), sealsFrom_[rank][at]);
+  }
+  return row;
+}
+
 void CombineReceive::sumToken(std::int64_t token, std::vector<const void*>& rows,
                               std::vector<float>& weights) const {
   const std::size_t first = static_cast<std::size_t>(token) * topk_;
@@ -265,8 +326,7 @@ void CombineReceive::sumToken(std::int64_t token, std::vector<const void*>& rows
       if (expert < 0) continue;
       const auto owner = static_cast<std::size_t>(state_.placement->owner(expert));
       if (context_.masked(owner)) continue;
-      const auto ordinal = static_cast<std::size_t>(ordinals_[owner][first + k]);
-      rows.push_back(rowsFrom_[owner] + ordinal * rowBytes_);
+      rows.push_back(rowFrom(owner, token, ordinals_[owner][first + k]));
       weights.push_back(ownWeights()[first + k]);
     }
     return context_.kernels.weightedSum[type_](out, rows.data(), weights.data(), rows.size(),
@@ -278,7 +338,7 @@ void CombineReceive::sumToken(std::int64_t token, std::vector<const void*>& rows
     const std::int32_t* found =
         std::find_if(ordinals, ordinals + topk_, [](std::int32_t o) { return o >= 0; });
     if (found == ordinals + topk_) continue;
-    rows.push_back(rowsFrom_[r] + static_cast<std::size_t>(*found) * rowBytes_);
+    rows.push_back(rowFrom(r, token, *found));
   }
   context_.kernels.sum[type_](out, rows.data(), rows.size(), hidden_, 0.0F, false);
 }

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/columns.hpp"
+#include "cpu/integrity.hpp"
 #include "cpu/low_latency.hpp"
 #include "cpu/rounds.hpp"
 
@@ -41,6 +42,10 @@ struct StagedTokens {
   std::byte* scales = nullptr;
   std::int32_t* topkIdx = nullptr;
   float* weights = nullptr;
+  RowSeal* seals = nullptr;  ///< null unless the integrity mode is on
+
+  RowSeal& sealOfRow(std::int64_t token) const { return seals[token]; }
+  RowSeal& sealOfChoices(std::int64_t token) const { return seals[numTokens + token]; }
 };
 
 /// One dispatch, on one rank.
@@ -51,7 +56,8 @@ class DispatchReceive final : public LowLatencyReceive {
         request_(std::move(request)),
         format_(request_),
         context_(of.context),
-        topk_(request_.signature.topk) {
+        topk_(request_.signature.topk),
+        verifier_(context_, "low-latency dispatch") {
     bufferId = context_.bufferId;
     handle = std::make_shared<LowLatencyState>();
   }
@@ -73,6 +79,12 @@ class DispatchReceive final : public LowLatencyReceive {
   void fetchRows(std::size_t rank, const StagedTokens& source);
   void fetchRow(std::int64_t slot, const StagedTokens& source, std::int64_t token);
   void writeScales(std::int64_t slot, const std::byte* scales);
+  void readScales(std::int64_t slot, std::byte* scales) const;
+  void sealToken(std::int64_t token) const;
+  std::uint64_t checksumOf(const std::int32_t* ids, const float* weights) const;
+  void verifyChoices(int rank, const StagedTokens& source, const std::int32_t* ids,
+                     const float* weights) const;
+  void verifyRow(int rank, const StagedTokens& source, std::int64_t token, std::int64_t slot) const;
 
   std::int64_t slotsPerExpert() const { return request_.signature.maxTokens * context_.size(); }
   std::int64_t numTokens() const { return request_.inputs.x.shape[0]; }
@@ -81,6 +93,7 @@ class DispatchReceive final : public LowLatencyReceive {
   const Format format_;
   Context& context_;
   const std::int64_t topk_;
+  const RowVerifier verifier_;
   StagedTokens own_;
 };
 
@@ -103,11 +116,16 @@ LowLatencyDispatchEntry DispatchReceive::reserve() {
   const std::size_t scales = plan.add(tokens * format_.scaleBytes);
   const std::size_t topkIdx = plan.add(choices * sizeof(std::int32_t));
   const std::size_t weights = plan.add(request_.inputs.topkWeights ? choices * sizeof(float) : 0);
+  const std::size_t seals = plan.add(sealBytes(context_, 2 * numTokens()));
   lane.staging.reserve(std::max<std::size_t>(plan.bytes(), 1));
 
   std::byte* base = lane.staging.data();
-  own_ = {numTokens(), base + rows, base + scales, reinterpret_cast<std::int32_t*>(base + topkIdx),
-          request_.inputs.topkWeights ? reinterpret_cast<float*>(base + weights) : nullptr};
+  own_ = {numTokens(),
+          base + rows,
+          base + scales,
+          reinterpret_cast<std::int32_t*>(base + topkIdx),
+          request_.inputs.topkWeights ? reinterpret_cast<float*>(base + weights) : nullptr,
+          context_.integrity ? reinterpret_cast<RowSeal*>(base + seals) : nullptr};
   LowLatencyDispatchEntry entry;
   entry.signature = request_.signature;
   entry.numTokens = numTokens();
@@ -115,6 +133,7 @@ LowLatencyDispatchEntry DispatchReceive::reserve() {
   entry.scales = lane.staging.address(scales);
   entry.topkIdx = lane.staging.address(topkIdx);
   entry.weights = lane.staging.address(weights);
+  entry.seals = lane.staging.address(seals);
   return entry;
 }
 
@@ -122,7 +141,10 @@ void DispatchReceive::stageTokens() {
   const TraceScope scope(context_.trace, "stage tokens");
   stageChoices();
   context_.workers.run(numTokens(), kTokensPerPart, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t token = begin; token < end; ++token) stageToken(token);
+    for (std::int64_t token = begin; token < end; ++token) {
+      stageToken(token);
+      if (context_.integrity) sealToken(token);
+    }
   });
 }
 
@@ -190,6 +212,7 @@ void DispatchReceive::receive() {
   place(sources);
   const TraceScope scope(context_.trace, "fetch rows");
   for (std::size_t r = 0; r < sources.size(); ++r) fetchRows(r, sources[r]);
+  verifier_.throwIfDamaged();
   handle->complete = true;
 }
 
@@ -211,11 +234,17 @@ StagedTokens DispatchReceive::locate(int rank, const LowLatencyDispatchEntry& en
                                          arrayBytes(entry.numTokens, elementBytes));
   };
   const auto choices = static_cast<std::size_t>(topk_);
-  StagedTokens tokens{entry.numTokens, at(entry.rows, format_.rowBytes),
+  StagedTokens tokens{entry.numTokens,
+                      at(entry.rows, format_.rowBytes),
                       at(entry.scales, format_.scaleBytes),
-                      reinterpret_cast<std::int32_t*>(at(entry.topkIdx, choices * 4)), nullptr};
+                      reinterpret_cast<std::int32_t*>(at(entry.topkIdx, choices * 4)),
+                      nullptr,
+                      nullptr};
   if (handle->hasWeights) {
     tokens.weights = reinterpret_cast<float*>(at(entry.weights, choices * 4));
+  }
+  if (context_.integrity) {
+    tokens.seals = reinterpret_cast<RowSeal*>(at(entry.seals, 2 * sizeof(RowSeal)));
   }
   return tokens;
 }
@@ -232,14 +261,17 @@ void DispatchReceive::place(const std::vector<StagedTokens>& sources) {
     // A copy, as the peer's memory may change under our eyes if the peer is broken.
     const std::vector<std::int32_t> choices(source.topkIdx,
                                             source.topkIdx + source.numTokens * topk_);
-    requireIds(choices, static_cast<int>(r));
     SourceRows rows;
     rows.numTokens = source.numTokens;
-    rows.slots = placeChoices(choices.data(), source.numTokens, topk_, *request_.placement, self,
-                              slotsPerExpert(), counts);
     if (source.weights != nullptr) {
       rows.weights.assign(source.weights, source.weights + source.numTokens * topk_);
     }
+    if (context_.integrity) {
+      verifyChoices(static_cast<int>(r), source, choices.data(), rows.weights.data());
+    }
+    requireIds(choices, static_cast<int>(r));
+    rows.slots = placeChoices(choices.data(), source.numTokens, topk_, *request_.placement, self,
+                              slotsPerExpert(), counts);
     handle->sources.push_back(std::move(rows));
     for (std::size_t e = 0; e < experts; ++e) {
       ranges[e * sources.size() + r] =
@@ -268,7 +300,9 @@ void DispatchReceive::fetchRows(std::size_t rank, const StagedTokens& source) {
       const auto first = slots.begin() + token * topk_;
       for (auto slot = first; slot != first + topk_; ++slot) {
         // An expert that was chosen twice has one row.
-        if (*slot >= 0 && std::find(first, slot, *slot) == slot) fetchRow(*slot, source, token);
+        if (*slot < 0 || std::find(first, slot, *slot) != slot) continue;
+        fetchRow(*slot, source, token);
+        if (context_.integrity) verifyRow(static_cast<int>(rank), source, token, *slot);
       }
     }
   });
@@ -297,6 +331,57 @@ void DispatchReceive::writeScales(std::int64_t slot, const std::byte* scales) {
   for (std::int64_t i = 0; i < out.shape[2]; ++i) {
     std::memcpy(words + i * out.strides[2], scales + i * 4, sizeof(std::uint32_t));
   }
+}
+
+void DispatchReceive::readScales(std::int64_t slot, std::byte* scales) const {
+  const TensorView& in = request_.outputs.scales;
+  const auto* words = static_cast<const std::uint32_t*>(in.data) +
+                      slot / slotsPerExpert() * in.strides[0] +
+                      slot % slotsPerExpert() * in.strides[1];
+  for (std::int64_t i = 0; i < in.shape[2]; ++i) {
+    std::memcpy(scales + i * 4, words + i * in.strides[2], sizeof(std::uint32_t));
+  }
+}
+
+void DispatchReceive::sealToken(std::int64_t token) const {
+  const auto at = static_cast<std::size_t>(token);
+  const std::uint64_t tag = packTag(context_.rank(), token, epoch);
+  const std::uint64_t row = checksum(own_.rows + at * format_.rowBytes, format_.rowBytes);
+  own_.sealOfRow(token) = {checksum(own_.scales + at * format_.scaleBytes, format_.scaleBytes, row),
+                           tag};
+  const float* weights = own_.weights == nullptr ? nullptr : own_.weights + token * topk_;
+  own_.sealOfChoices(token) = {checksumOf(own_.topkIdx + token * topk_, weights), tag};
+}
+
+/// Of a token's choices.
+std::uint64_t DispatchReceive::checksumOf(const std::int32_t* ids, const float* weights) const {
+  const auto choices = static_cast<std::size_t>(topk_);
+  const std::uint64_t sum = checksum(ids, choices * sizeof(*ids));
+  return weights == nullptr ? sum : checksum(weights, choices * sizeof(*weights), sum);
+}
+
+/// Of all tokens, also those of which no row is fetched: a choice may have been damaged to look so.
+void DispatchReceive::verifyChoices(int rank, const StagedTokens& source, const std::int32_t* ids,
+                                    const float* weights) const {
+  if (rank == context_.rank() || source.seals == nullptr) return;
+  for (std::int64_t token = 0; token < source.numTokens; ++token) {
+    const float* own = source.weights == nullptr ? nullptr : weights + token * topk_;
+    verifier_.check(rank, token, checksumOf(ids + token * topk_, own), source.sealOfChoices(token));
+  }
+  verifier_.throwIfDamaged();
+}
+
+/// Compares what the caller finds in a slot.
+void DispatchReceive::verifyRow(int rank, const StagedTokens& source, std::int64_t token,
+                                std::int64_t slot) const {
+  if (rank == context_.rank()) return;
+  const auto* row = static_cast<const std::byte*>(request_.outputs.x.data) +
+                    static_cast<std::size_t>(slot) * format_.rowBytes;
+  std::uint64_t sum = checksum(row, format_.rowBytes);
+  std::vector<std::byte> scales(format_.scaleBytes);
+  if (format_.numScales > 0) readScales(slot, scales.data());
+  sum = checksum(scales.data(), scales.size(), sum);
+  verifier_.check(rank, token, sum, source.sealOfRow(token));
 }
 
 }  // namespace
