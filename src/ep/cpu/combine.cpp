@@ -129,7 +129,11 @@ void RowReducer::offerInputs() {
     postRefusal(context_, Operation::combine, error.what());
     throw OperationRefused{std::current_exception()};
   }
-  if (staging_ == nullptr) sealRows(0, numReceived());
+  if (staging_ != nullptr) return;  // else rows are sealed as they are staged
+  for (std::size_t r = 0; r < sources_.size(); ++r) {
+    if (static_cast<int>(r) == context_.rank()) continue;
+    sealRows(handle_.firstRowFrom[r], handle_.firstRowFrom[r] + rowsKeptFrom(r));
+  }
 }
 
 /// Finds a block for what does not lie in the arena. The weights, few bytes, are copied at once.

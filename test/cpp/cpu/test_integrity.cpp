@@ -65,7 +65,10 @@ class Faulty final : public Transport {
  public:
   explicit Faulty(Bootstrap& bootstrap) : inner_(bootstrap, options()) {}
 
-  void damage(const Bytes& pattern) { pattern_ = pattern; }
+  void damage(const Bytes& pattern) {
+    pattern_ = pattern;
+    peers_.clear();  // what was written to in operations before may hold anything by now
+  }
   bool damaged() const { return damaged_; }
 
   int rank() const override { return inner_.rank(); }
@@ -78,14 +81,14 @@ class Faulty final : public Transport {
   void ring(int peer) override { inner_.ring(peer); }
   SharedBlock share(std::size_t bytes) override {
     SharedBlock block = inner_.share(bytes);
-    memory_.emplace_back(block.data, block.bytes);
+    own_.emplace_back(block.data, block.bytes);
     return block;
   }
   void unshare(std::uint32_t id) override { inner_.unshare(id); }
   std::byte* peerMemory(int peer, std::uint32_t id, std::uint64_t offset,
                         std::size_t bytes) override {
     std::byte* data = inner_.peerMemory(peer, id, offset, bytes);
-    memory_.emplace_back(data, bytes);
+    peers_.emplace_back(data, bytes);
     return data;
   }
   void beginOperation(const char* name, std::uint64_t epoch) override {
@@ -112,18 +115,21 @@ class Faulty final : public Transport {
   }
   [[gnu::no_sanitize("thread")]] void tamper() const {
     if (pattern_.empty() || damaged_) return;
-    // What belongs to peers comes last here, and before copies that stay on this rank.
-    for (auto memory = memory_.rbegin(); memory != memory_.rend(); ++memory) {
-      std::byte* found = findIn(*memory, pattern_);
-      if (found == nullptr) continue;
-      *found ^= std::byte{0x10};
-      damaged_ = true;
-      return;
+    // Peers' memory first: a copy here may be one that stays on this rank.
+    for (const auto* regions : {&peers_, &own_}) {
+      for (const std::span<std::byte> memory : *regions) {
+        std::byte* found = findIn(memory, pattern_);
+        if (found == nullptr) continue;
+        *found ^= std::byte{0x10};
+        damaged_ = true;
+        return;
+      }
     }
   }
 
   SharedMemory inner_;
-  std::vector<std::span<std::byte>> memory_;
+  std::vector<std::span<std::byte>> own_;
+  std::vector<std::span<std::byte>> peers_;
   Bytes pattern_;
   mutable bool damaged_ = false;
 };
