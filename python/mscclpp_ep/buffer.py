@@ -110,7 +110,9 @@ class Buffer(LowLatencyMethods):
                 that one operation may receive. 0: half of the memory that is free, over the ranks
                 of this host.
             num_threads: Threads that move data for this rank; 0: cores over ranks of this host.
-            integrity_check: Not built yet.
+            integrity_check: Send a checksum and a tag (source rank, token, epoch) with each row,
+                and compare them where it arrives. Damage is a `PeerFailure` that names the row, and
+                ends the buffer. The same on every rank.
             expert_map: The rank of each expert, int [E]; None: contiguous blocks of ceil(E / R).
             first_epoch: Number of the first operation; for tests of its wrapping around.
             trace: File to which this rank appends the phases of each operation, for

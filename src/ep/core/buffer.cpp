@@ -23,7 +23,8 @@ std::string fingerprint(const BufferOptions& options) {
   std::string text =
       cat("version ", MSCCLPP_EP_VERSION_MAJOR, ".", MSCCLPP_EP_VERSION_MINOR, ".",
           MSCCLPP_EP_VERSION_PATCH, ", ranks_per_domain ", options.ranksPerDomain, ", first_epoch ",
-          options.firstEpoch, ", enable_shrink ", options.enableShrink, ", expert_map");
+          options.firstEpoch, ", enable_shrink ", options.enableShrink, ", integrity_check ",
+          options.integrityCheck, ", expert_map");
   if (options.expertMap.empty()) return text + " none";
   for (const std::int32_t rank : options.expertMap) text += cat(" ", rank);
   return text;

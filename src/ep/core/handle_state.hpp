@@ -41,6 +41,8 @@ struct HandleState {
   std::vector<std::int32_t> rankPrefixSum;
   std::vector<std::int64_t> perExpert;
   Tensor sourceIndex;
+  /// [N] what sourceIndex was, which callers may write to; in the integrity mode only.
+  std::vector<std::int32_t> sourceTokens;
 
   std::int64_t numRecv() const { return rankPrefixSum.empty() ? 0 : rankPrefixSum.back(); }
 };

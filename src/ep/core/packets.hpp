@@ -52,8 +52,8 @@ enum Column : int {
   kTopkIdx,
   kTopkWeights,
   kSourceIndex,
-  kChecksum,     ///< room for the integrity mode
-  kSequenceTag,  ///< likewise
+  kChecksum,     ///< of the row in the columns before, in the integrity mode
+  kSequenceTag,  ///< likewise: packTag()
   kNumColumns
 };
 
@@ -70,6 +70,22 @@ struct ArrayAddress {
   std::uint32_t segment = 0;
   std::uint64_t offset = 0;
 };
+
+/// What goes with a row in the integrity mode. Where rows are pushed, two columns have it.
+struct RowSeal {
+  std::uint64_t checksum = 0;
+  std::uint64_t tag = 0;
+};
+
+/// Names a row: the rank that sends it, the token that it is of or for, and the operation.
+constexpr std::uint64_t packTag(int rank, std::int64_t token, std::uint64_t epoch) {
+  return static_cast<std::uint64_t>(static_cast<std::uint16_t>(rank)) << 48 |
+         static_cast<std::uint64_t>(static_cast<std::uint16_t>(epoch)) << 32 |
+         static_cast<std::uint32_t>(token);
+}
+constexpr std::uint64_t tagRank(std::uint64_t tag) { return tag >> 48; }
+constexpr std::uint64_t tagToken(std::uint64_t tag) { return tag & 0xFFFFFFFFU; }
+constexpr std::uint64_t tagEpoch(std::uint64_t tag) { return tag >> 32 & 0xFFFFU; }
 
 /// Round::entry of a dispatch, followed by the receiver's counts per local expert (int32).
 struct DispatchEntry {
@@ -96,6 +112,7 @@ struct CombineEntry {
   Status status;
   ArrayAddress rows;
   ArrayAddress weights;
+  ArrayAddress seals;  ///< [N] RowSeal, in the integrity mode
 };
 
 /// Round::entry of a low-latency dispatch: where the sender has put its tokens, for all to read.
@@ -107,6 +124,8 @@ struct LowLatencyDispatchEntry {
   ArrayAddress scales;   ///< [T, S]
   ArrayAddress topkIdx;  ///< [T, K] int32, global ids
   ArrayAddress weights;  ///< [T, K] float32
+  /// [2, T] RowSeal, in the integrity mode: of rows with their scales, and of ids with weights.
+  ArrayAddress seals;
 };
 
 /// Round::entry of a low-latency combine.
@@ -115,6 +134,9 @@ struct LowLatencyCombineEntry {
   Status status;
   ArrayAddress weights;  ///< [T, K] float32 of the sender's tokens
   ArrayAddress rows;     ///< for the receiver's tokens, readable once kRowsStaged is raised
+  // In the integrity mode:
+  ArrayAddress weightSeals;  ///< [T] RowSeal, if the weights are read
+  ArrayAddress rowSeals;     ///< a RowSeal for each of the rows
 };
 
 static_assert(std::is_trivially_copyable_v<LowLatencyDispatchEntry>);

@@ -119,7 +119,6 @@ void validateOptions(const BufferOptions& options, int numRanks) {
     throw NotBuilt(cat("ranks_per_domain is ", options.ranksPerDomain, ", with ", numRanks,
                        " ranks; this version serves one domain, that is ranks of one host"));
   }
-  if (options.integrityCheck) throw NotBuilt("integrity_check is not in this version");
   for (std::size_t e = 0; e < options.expertMap.size(); ++e) {
     EP_EXPECTS(options.expertMap[e] >= 0 && options.expertMap[e] < numRanks, "expert_map[", e,
                "] is ", options.expertMap[e], "; it must be a rank, 0 to ", numRanks - 1);

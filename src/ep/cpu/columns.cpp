@@ -3,6 +3,8 @@
 
 #include <cstring>
 
+#include "cpu/integrity.hpp"
+
 namespace mscclpp_ep::cpu {
 
 namespace {
@@ -17,8 +19,9 @@ SourceColumn describe(const TensorView& tensor) {
 
 }  // namespace
 
-RowWriter::RowWriter(const DispatchRequest& request, const RowKernels& kernels)
-    : kernels_(kernels),
+RowWriter::RowWriter(const DispatchRequest& request, const Context& context)
+    : context_(context),
+      kernels_(context.kernels),
       placement_(*request.placement),
       topk_(request.signature.topk),
       wideIndex_(request.signature.indexBytes == sizeof(std::int64_t)) {
@@ -28,11 +31,16 @@ RowWriter::RowWriter(const DispatchRequest& request, const RowKernels& kernels)
   columns_[kTopkIdx] = describe(request.inputs.topkIdx);
   columns_[kTopkWeights] = describe(request.inputs.topkWeights);
   if (request.cached == nullptr) columns_[kSourceIndex].rowBytes = sizeof(std::int32_t);
+  if (context.integrity) {
+    columns_[kChecksum].rowBytes = sizeof(RowSeal::checksum);
+    columns_[kSequenceTag].rowBytes = sizeof(RowSeal::tag);
+  }
   const SourceColumn& scales = columns_[kScales];
   packedScales_ = scales.elementStride == static_cast<std::int64_t>(scales.elementBytes);
 }
 
-void RowWriter::write(const Target& target, std::int64_t token, std::int64_t ordinal) const {
+void RowWriter::write(const Target& target, std::int64_t token, std::int64_t ordinal,
+                      std::uint64_t sum) const {
   if (target.firstRow + ordinal >= target.capacity) return;
   copyRow(target, kRows, token, ordinal);
   if (rowBytes(kScales) != 0) {
@@ -52,6 +60,32 @@ void RowWriter::write(const Target& target, std::int64_t token, std::int64_t ord
     auto* sources = reinterpret_cast<std::int32_t*>(target.columns[kSourceIndex]);
     sources[target.rowOf(kSourceIndex, ordinal)] = static_cast<std::int32_t>(token);
   }
+  if (context_.integrity) writeSeal(target, token, ordinal, sum);
+}
+
+std::uint64_t RowWriter::checksumOf(std::int64_t token) const {
+  const SourceColumn& rows = columns_[kRows];
+  const SourceColumn& scales = columns_[kScales];
+  const std::uint64_t sum = checksum(rows.data + token * rows.rowStride, rows.rowBytes);
+  if (packedScales_ || scales.rowBytes == 0) {
+    return checksum(scales.data + token * scales.rowStride, scales.rowBytes, sum);
+  }
+  std::vector<std::byte> packed(scales.rowBytes);
+  writeScales(packed.data(), token);
+  return checksum(packed.data(), packed.size(), sum);
+}
+
+void RowWriter::writeSeal(const Target& target, std::int64_t token, std::int64_t ordinal,
+                          std::uint64_t sum) const {
+  if (target.rank == context_.rank()) return;
+  if (rowBytes(kTopkIdx) != 0) {
+    sum = wideIndex_ ? addTopk<std::int64_t>(sum, target.rank, token)
+                     : addTopk<std::int32_t>(sum, target.rank, token);
+  }
+  auto* sums = reinterpret_cast<std::uint64_t*>(target.columns[kChecksum]);
+  auto* tags = reinterpret_cast<std::uint64_t*>(target.columns[kSequenceTag]);
+  sums[target.rowOf(kChecksum, ordinal)] = sum;
+  tags[target.rowOf(kSequenceTag, ordinal)] = packTag(context_.rank(), token, context_.epoch);
 }
 
 void RowWriter::copyRow(const Target& target, int column, std::int64_t token,
@@ -78,18 +112,33 @@ void RowWriter::writeScales(std::byte* out, std::int64_t token) const {
 
 /// The receiver gets the choices that are its own, by local id.
 template <typename Index>
+RowWriter::Choice<Index> RowWriter::choiceFor(int rank, std::int64_t token, std::int64_t k) const {
+  const Index id = reinterpret_cast<const Index*>(columns_[kTopkIdx].data)[token * topk_ + k];
+  if (id < 0 || placement_.owner(id) != rank) return {Index{-1}, 0.0F};
+  const auto* weights = reinterpret_cast<const float*>(columns_[kTopkWeights].data);
+  return {static_cast<Index>(placement_.localIndex(id)), weights[token * topk_ + k]};
+}
+
+template <typename Index>
 void RowWriter::writeTopk(const Target& target, std::int64_t token, std::int64_t ordinal) const {
-  const auto* ids = reinterpret_cast<const Index*>(columns_[kTopkIdx].data) + token * topk_;
-  const auto* weights = reinterpret_cast<const float*>(columns_[kTopkWeights].data) + token * topk_;
   auto* outIds =
       reinterpret_cast<Index*>(target.columns[kTopkIdx]) + target.rowOf(kTopkIdx, ordinal) * topk_;
   auto* outWeights = reinterpret_cast<float*>(target.columns[kTopkWeights]) +
                      target.rowOf(kTopkWeights, ordinal) * topk_;
   for (std::int64_t k = 0; k < topk_; ++k) {
-    const bool own = ids[k] >= 0 && placement_.owner(ids[k]) == target.rank;
-    outIds[k] = own ? static_cast<Index>(placement_.localIndex(ids[k])) : Index{-1};
-    outWeights[k] = own ? weights[k] : 0.0F;
+    const Choice<Index> choice = choiceFor<Index>(target.rank, token, k);
+    outIds[k] = choice.id;
+    outWeights[k] = choice.weight;
   }
+}
+
+template <typename Index>
+std::uint64_t RowWriter::addTopk(std::uint64_t sum, int rank, std::int64_t token) const {
+  for (std::int64_t k = 0; k < topk_; ++k) {
+    const Choice<Index> choice = choiceFor<Index>(rank, token, k);
+    sum = addChoice(sum, choice.id, choice.weight);
+  }
+  return sum;
 }
 
 }  // namespace mscclpp_ep::cpu

@@ -8,7 +8,7 @@
 
 #include "core/backend.hpp"
 #include "core/packets.hpp"
-#include "cpu/simd.hpp"
+#include "cpu/context.hpp"
 
 namespace mscclpp_ep::cpu {
 
@@ -28,7 +28,7 @@ struct SourceColumn {
 /// Writes the rows of one rank's tokens, wherever they go.
 class RowWriter {
  public:
-  RowWriter(const DispatchRequest& request, const RowKernels& kernels);
+  RowWriter(const DispatchRequest& request, const Context& context);
 
   std::size_t rowBytes(int column) const {
     return columns_[static_cast<std::size_t>(column)].rowBytes;
@@ -49,15 +49,32 @@ class RowWriter {
     }
   };
 
-  /// Writes row `ordinal` of those for `target`, made from `token`.
-  void write(const Target& target, std::int64_t token, std::int64_t ordinal) const;
+  /// Of a token's row and scales.
+  std::uint64_t checksumOf(std::int64_t token) const;
+
+  /// Writes row `ordinal` of those for `target`, made from `token`. In the integrity mode `sum` is
+  /// checksumOf(token), which is the same for all targets.
+  void write(const Target& target, std::int64_t token, std::int64_t ordinal,
+             std::uint64_t sum) const;
 
  private:
+  template <typename Index>
+  struct Choice {
+    Index id;
+    float weight;
+  };
+  template <typename Index>
+  Choice<Index> choiceFor(int rank, std::int64_t token, std::int64_t k) const;
   void copyRow(const Target& target, int column, std::int64_t token, std::int64_t ordinal) const;
   void writeScales(std::byte* out, std::int64_t token) const;
   template <typename Index>
   void writeTopk(const Target& target, std::int64_t token, std::int64_t ordinal) const;
+  template <typename Index>
+  std::uint64_t addTopk(std::uint64_t sum, int rank, std::int64_t token) const;
+  void writeSeal(const Target& target, std::int64_t token, std::int64_t ordinal,
+                 std::uint64_t sum) const;
 
+  const Context& context_;
   const RowKernels& kernels_;
   const ExpertPlacement& placement_;
   std::int64_t topk_;

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cpu/columns.hpp"
+#include "cpu/integrity.hpp"
 #include "cpu/rounds.hpp"
 
 namespace mscclpp_ep::cpu {
@@ -37,6 +38,7 @@ class RowReducer {
         weightBytes_(request.inputs.topkWeights
                          ? static_cast<std::size_t>(request.signature.topk) * sizeof(float)
                          : 0),
+        verifier_(context, "combine"),
         step_(std::max<std::int64_t>(static_cast<std::int64_t>(kStagingStepBytes / rowBytes_), 1) *
               context.workers.numThreads()),
         sources_(static_cast<std::size_t>(context.size())) {}
@@ -52,6 +54,7 @@ class RowReducer {
       finish();  // the others wait for this rank's word all the same
       throw;
     }
+    verifier_.throwIfDamaged();
     finish();
   }
 
@@ -59,12 +62,16 @@ class RowReducer {
   struct Source {
     const std::byte* rows = nullptr;  ///< of this rank's first token there
     const std::byte* weights = nullptr;
-    std::int64_t count = 0;  ///< rows of this rank's tokens there
-    bool staged = false;     ///< they are still being copied to where they are read
+    const RowSeal* seals = nullptr;  ///< in the integrity mode, of another rank's rows
+    std::int64_t count = 0;          ///< rows of this rank's tokens there
+    bool staged = false;             ///< they are still being copied to where they are read
   };
 
   void offerInputs();
-  void stage(std::size_t rows, std::size_t weights);
+  void stage(std::size_t rows, std::size_t weights, std::size_t seals);
+  void sealRows(std::int64_t begin, std::int64_t end);
+  std::uint64_t checksumOf(const std::byte* row, const std::byte* weights) const;
+  void verify(std::size_t rank, std::int64_t token, std::int32_t ordinal) const;
   void receiveOffers();
   void bindSource(std::size_t rank, const CombineEntry& entry);
   bool stageSome();
@@ -91,12 +98,15 @@ class RowReducer {
   const HandleState& handle_;
   const std::size_t rowBytes_;
   const std::size_t weightBytes_;
+  const RowVerifier verifier_;
   const std::int64_t step_;  ///< rows or tokens between two looks at progress
   ArrayAddress rowsAddress_;
   ArrayAddress weightsAddress_;
+  ArrayAddress sealsAddress_;
   ArenaBlock block_;  ///< in which inputs are copied for peers
   std::byte* staging_ = nullptr;
-  std::int64_t staged_ = 0;  ///< rows for each rank
+  RowSeal* seals_ = nullptr;  ///< of all rows that others read
+  std::int64_t staged_ = 0;   ///< rows for each rank
   std::vector<Source> sources_;
 };
 
@@ -108,25 +118,33 @@ void RowReducer::offerInputs() {
     const std::size_t weights = arrayBytes(numReceived(), weightBytes_);
     const auto rowsInPlace = context_.arena.locate(request_.inputs.x.data, rows);
     const auto weightsInPlace = context_.arena.locate(request_.inputs.topkWeights.data, weights);
-    context_.arena.noteOperation(alignUp(rows, kPage) + alignUp(weights, kPage));
+    const std::size_t seals = sealBytes(context_, numReceived());
+    context_.arena.noteOperation(alignUp(rows, kPage) + alignUp(weights, kPage) +
+                                 alignUp(seals, kPage));
     (rowsInPlace ? context_.stats.pulledRows : context_.stats.stagedRows) += numReceived();
-    stage(rowsInPlace ? 0 : rows, weightsInPlace ? 0 : weights);
+    stage(rowsInPlace ? 0 : rows, weightsInPlace ? 0 : weights, seals);
     if (rowsInPlace) rowsAddress_ = *rowsInPlace;
     if (weightsInPlace) weightsAddress_ = *weightsInPlace;
   } catch (const Error& error) {
     postRefusal(context_, Operation::combine, error.what());
     throw OperationRefused{std::current_exception()};
   }
+  if (staging_ != nullptr) return;  // else rows are sealed as they are staged
+  for (std::size_t r = 0; r < sources_.size(); ++r) {
+    if (static_cast<int>(r) == context_.rank()) continue;
+    sealRows(handle_.firstRowFrom[r], handle_.firstRowFrom[r] + rowsKeptFrom(r));
+  }
 }
 
 /// Finds a block for what does not lie in the arena. The weights, few bytes, are copied at once.
-void RowReducer::stage(std::size_t rows, std::size_t weights) {
-  if (rows + weights == 0) return;
+void RowReducer::stage(std::size_t rows, std::size_t weights, std::size_t seals) {
+  if (rows + weights + seals == 0) return;
   const std::size_t behindRows = alignUp(rows, kPage);
-  if (auto block = context_.arena.allocate(behindRows + weights)) {
+  const std::size_t behindWeights = behindRows + alignUp(weights, kCacheLine);
+  if (auto block = context_.arena.allocate(behindWeights + seals)) {
     block_ = std::move(*block);
   } else {
-    block_ = context_.arena.landing(behindRows + weights);
+    block_ = context_.arena.landing(behindWeights + seals);
   }
   ArrayAddress address = block_.address;
   if (rows > 0) {
@@ -136,10 +154,39 @@ void RowReducer::stage(std::size_t rows, std::size_t weights) {
   }
   if (weights > 0) {
     std::memcpy(block_.data.get() + behindRows, request_.inputs.topkWeights.data, weights);
-    address.access = Access::straight;
-    address.offset += behindRows;
-    weightsAddress_ = address;
+    weightsAddress_ = {Access::straight, address.segment, address.offset + behindRows};
   }
+  if (seals > 0) {
+    seals_ = reinterpret_cast<RowSeal*>(block_.data.get() + behindWeights);
+    sealsAddress_ = {Access::straight, address.segment, address.offset + behindWeights};
+  }
+}
+
+/// Made from the caller's memory, so that also a copy that goes wrong is found.
+void RowReducer::sealRows(std::int64_t begin, std::int64_t end) {
+  if (seals_ == nullptr) return;
+  const auto* rows = static_cast<const std::byte*>(request_.inputs.x.data);
+  const auto* weights = static_cast<const std::byte*>(request_.inputs.topkWeights.data);
+  context_.workers.run(end - begin, kTokensPerPart, [&](std::int64_t from, std::int64_t to) {
+    for (auto row = static_cast<std::size_t>(begin + from);
+         row < static_cast<std::size_t>(begin + to); ++row) {
+      seals_[row].checksum = checksumOf(rows + row * rowBytes_, weights + row * weightBytes_);
+      seals_[row].tag = packTag(context_.rank(), handle_.sourceTokens[row], context_.epoch);
+    }
+  });
+}
+
+std::uint64_t RowReducer::checksumOf(const std::byte* row, const std::byte* weights) const {
+  return checksum(weights, weightBytes_, checksum(row, rowBytes_));
+}
+
+/// Also reads the row that is summed next, so that it comes from the cache then.
+void RowReducer::verify(std::size_t rank, std::int64_t token, std::int32_t ordinal) const {
+  const Source& source = sources_[rank];
+  const auto at = static_cast<std::size_t>(ordinal);
+  verifier_.check(static_cast<int>(rank), token,
+                  checksumOf(source.rows + at * rowBytes_, source.weights + at * weightBytes_),
+                  source.seals[at]);
 }
 
 void RowReducer::receiveOffers() {
@@ -147,6 +194,7 @@ void RowReducer::receiveOffers() {
   entry.signature = request_.signature;
   entry.rows = rowsAddress_;
   entry.weights = weightsAddress_;
+  entry.seals = sealsAddress_;
   const std::vector<Message> outgoing(sources_.size(), encode(entry));
   const auto& entries = exchangeEntries(context_, outgoing);
   for (std::size_t r = 0; r < sources_.size(); ++r) {
@@ -171,6 +219,10 @@ void RowReducer::bindSource(std::size_t rank, const CombineEntry& entry) {
   source.staged = entry.rows.access == Access::staged;
   source.rows =
       peerRows(context_, peer, entry.rows, range, rowBytes_, itemSize(request_.inputs.x.dtype));
+  if (context_.integrity) {
+    source.seals = reinterpret_cast<const RowSeal*>(
+        peerRows(context_, peer, entry.seals, range, sizeof(RowSeal), alignof(RowSeal)));
+  }
   if (weightBytes_ == 0) return;
   source.weights = peerRows(context_, peer, entry.weights, range, weightBytes_, sizeof(float));
 }
@@ -191,6 +243,7 @@ bool RowReducer::stageSome() {
       std::memcpy(staging_ + offset, input + offset,
                   static_cast<std::size_t>(to - from) * rowBytes_);
     });
+    sealRows(first, handle_.firstRowFrom[r] + end);
     context_.raise(kRowsStaged, static_cast<int>(r), end);
     more = more || end < count;
   }
@@ -264,6 +317,7 @@ void RowReducer::reduceToken(std::int64_t token, std::vector<const void*>& rows,
   for (std::size_t r = 0; r < sources_.size(); ++r) {
     const std::int32_t ordinal = head(token, r);
     if (ordinal < 0 || ordinal >= sources_[r].count || context_.masked(r)) continue;
+    if (sources_[r].seals != nullptr) verify(r, token, ordinal);
     rows.push_back(sources_[r].rows + static_cast<std::size_t>(ordinal) * rowBytes_);
     weights.push_back(sources_[r].weights + static_cast<std::size_t>(ordinal) * weightBytes_);
   }

@@ -32,12 +32,13 @@ struct Context {
   std::uint64_t bufferId = 0;
   std::uint64_t epoch = 0;  ///< of the current operation
   Lane lane = Lane::highThroughput;
-  bool shrink = false;  ///< go on without ranks that fail
+  bool shrink = false;     ///< go on without ranks that fail
+  bool integrity = false;  ///< rows carry what they are checked by
 
   /// The same parts, on a lane with a mailbox of its own.
   Context onLane(Mailbox& itsMailbox, Lane which) const {
-    return {transport, itsMailbox, arena,    pool, workers, kernels,
-            stats,     trace,      bufferId, 0,    which,   shrink};
+    return {transport, itsMailbox, arena, pool,  workers, kernels,  stats,
+            trace,     bufferId,   0,     which, shrink,  integrity};
   }
 
   int rank() const { return transport.rank(); }

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <optional>
 
 #include "cpu/columns.hpp"
+#include "cpu/integrity.hpp"
 #include "cpu/landing.hpp"
 #include "cpu/rounds.hpp"
 
@@ -39,7 +41,7 @@ class RowMover {
       : context_(context),
         request_(request),
         plan_(plan),
-        writer_(request, context.kernels),
+        writer_(request, context),
         numKeptFrom_(keptFrom(plan)),
         landing_(context, numKeptFrom_, plan.firstRowFrom),
         targets_(static_cast<std::size_t>(context.size())) {
@@ -55,12 +57,14 @@ class RowMover {
     receivePublications(publish());
     sendRows();
     awaitRows();
+    if (context_.integrity) verifyRows();
     markMissingRows();
     return makeHandle();
   }
 
  private:
   void bindOutputs(const DispatchOutputs& outputs);
+  Tensor allocateRows(DataType dtype);
   const std::vector<Message>& publish();
   void receivePublications(const std::vector<Message>& publications);
   void bindTarget(std::size_t rank, const DispatchPublish& publication);
@@ -72,6 +76,10 @@ class RowMover {
   Awaited withoutRoom(std::int64_t numTokens) const;
   void raisePushed(std::int64_t sentTokens);
   void awaitRows();
+  void verifyRows() const;
+  std::uint64_t checksumOf(std::int64_t row) const;
+  template <typename Index>
+  std::uint64_t addTopk(std::uint64_t sum, std::int64_t row) const;
   void forsake(std::size_t rank);
   void markMissingRows();
   std::shared_ptr<const HandleState> makeHandle();
@@ -94,6 +102,8 @@ class RowMover {
   const std::vector<std::int64_t> numKeptFrom_;
   OutputColumn outputs_[kNumColumns];
   Tensor sourceIndex_;
+  Tensor checksums_;
+  Tensor tags_;
   Landing landing_;
   std::vector<RowWriter::Target> targets_;
   std::int64_t step_ = 0;  ///< tokens between two looks at what others do
@@ -101,11 +111,10 @@ class RowMover {
 
 /// Finds out which outputs rows can arrive in, and a landing block for the others.
 void RowMover::bindOutputs(const DispatchOutputs& outputs) {
-  if (request_.cached == nullptr) {
-    const std::size_t bytes = arrayBytes(plan_.numRows, sizeof(std::int32_t));
-    const auto block = context_.arena.allocate(bytes);
-    sourceIndex_.owner = block ? block->data : context_.pool.allocate(bytes);
-    sourceIndex_.view = makeView(sourceIndex_.owner.get(), DataType::int32, {plan_.numRows});
+  if (request_.cached == nullptr) sourceIndex_ = allocateRows(DataType::int32);
+  if (context_.integrity) {
+    checksums_ = allocateRows(DataType::int64);
+    tags_ = allocateRows(DataType::int64);
   }
   const TensorView* views[kNumColumns] = {};
   views[kRows] = &outputs.x;
@@ -113,6 +122,8 @@ void RowMover::bindOutputs(const DispatchOutputs& outputs) {
   views[kTopkIdx] = &outputs.topkIdx;
   views[kTopkWeights] = &outputs.topkWeights;
   views[kSourceIndex] = &sourceIndex_.view;
+  views[kChecksum] = &checksums_.view;
+  views[kSequenceTag] = &tags_.view;
   std::int64_t all[kNumColumns] = {};
   for (int column = 0; column < kNumColumns; ++column) {
     all[column] = rowBytes(column);
@@ -127,6 +138,16 @@ void RowMover::bindOutputs(const DispatchOutputs& outputs) {
   context_.arena.noteOperation(landingMap(plan_.numRows, all).bytes);
   // A single rank writes its rows straight into any memory.
   if (context_.size() > 1) landing_.bind(outputs_, plan_.numRows);
+}
+
+/// An array of a number a row.
+Tensor RowMover::allocateRows(DataType dtype) {
+  const std::size_t bytes = arrayBytes(plan_.numRows, itemSize(dtype));
+  const auto block = context_.arena.allocate(bytes);
+  Tensor rows;
+  rows.owner = block ? block->data : context_.pool.allocate(bytes);
+  rows.view = makeView(rows.owner.get(), dtype, {plan_.numRows});
+  return rows;
 }
 
 const std::vector<Message>& RowMover::publish() {
@@ -237,9 +258,12 @@ void RowMover::sendTokens(std::int64_t begin, std::int64_t end) {
   const auto ranks = static_cast<std::int64_t>(numRanks());
   const std::int32_t* heads = request_.plan->head.data();
   for (std::int64_t token = begin; token < end; ++token) {
+    std::optional<std::uint64_t> sum;
     for (std::int64_t r = 0; r < ranks; ++r) {
       const std::int32_t head = heads[token * ranks + r];
-      if (head >= 0) writer_.write(targets_[static_cast<std::size_t>(r)], token, head);
+      if (head < 0) continue;
+      if (context_.integrity && r != context_.rank() && !sum) sum = writer_.checksumOf(token);
+      writer_.write(targets_[static_cast<std::size_t>(r)], token, head, sum.value_or(0));
     }
   }
 }
@@ -282,6 +306,52 @@ void RowMover::awaitRows() {
   }
   (landing_.used() ? context_.stats.landedRows : context_.stats.straightRows) +=
       std::min(plan_.numRecv, plan_.numRows);
+}
+
+/// Compares the rows of others, in the memory in which the caller finds them, with what was sent.
+void RowMover::verifyRows() const {
+  const TraceScope scope(context_.trace, "verify rows");
+  const RowVerifier verifier(context_, "dispatch");
+  const auto* sums = static_cast<const std::uint64_t*>(checksums_.view.data);
+  const auto* tags = static_cast<const std::uint64_t*>(tags_.view.data);
+  const std::int32_t* tokens = request_.cached != nullptr
+                                   ? request_.cached->sourceTokens.data()
+                                   : static_cast<const std::int32_t*>(sourceIndex_.view.data);
+  for (std::size_t r = 0; r < numRanks(); ++r) {
+    const int rank = static_cast<int>(r);
+    if (rank == context_.rank() || context_.masked(r)) continue;
+    const std::int64_t first = plan_.firstRowFrom[r];
+    context_.workers.run(numKeptFrom_[r], kTokensPerPart, [&](std::int64_t from, std::int64_t to) {
+      for (std::int64_t row = first + from; row < first + to; ++row) {
+        // A handle does not know the tokens of a rank that was masked when it was made.
+        const bool unknown = request_.cached != nullptr && tokens[row] < 0;
+        const auto token = unknown ? static_cast<std::int64_t>(tagToken(tags[row])) : tokens[row];
+        verifier.check(rank, token, checksumOf(row), {sums[row], tags[row]});
+      }
+    });
+  }
+  verifier.throwIfDamaged();
+}
+
+/// Of a row that was received.
+std::uint64_t RowMover::checksumOf(std::int64_t row) const {
+  std::uint64_t sum = 0;
+  for (const int column : {kRows, kScales}) {
+    const OutputColumn& output = outputs_[column];
+    sum = checksum(output.data + row * rowBytes(column), output.rowBytes, sum);
+  }
+  if (rowBytes(kTopkIdx) == 0) return sum;
+  const bool wide = request_.signature.indexBytes == sizeof(std::int64_t);
+  return wide ? addTopk<std::int64_t>(sum, row) : addTopk<std::int32_t>(sum, row);
+}
+
+template <typename Index>
+std::uint64_t RowMover::addTopk(std::uint64_t sum, std::int64_t row) const {
+  const std::int64_t topk = request_.signature.topk;
+  const auto* ids = reinterpret_cast<const Index*>(outputs_[kTopkIdx].data) + row * topk;
+  const auto* weights = reinterpret_cast<const float*>(outputs_[kTopkWeights].data) + row * topk;
+  for (std::int64_t k = 0; k < topk; ++k) sum = addChoice(sum, ids[k], weights[k]);
+  return sum;
 }
 
 /// Marks the rows of a rank that was masked: they may not have come, or not whole. They are never
@@ -358,6 +428,10 @@ std::shared_ptr<const HandleState> RowMover::makeHandle() {
         static_cast<std::int32_t>(plan_.firstRowFrom[r] + plan_.numRowsFrom[r]));
   }
   state->sourceIndex = sourceIndex_;
+  if (context_.integrity) {
+    const auto* tokens = static_cast<const std::int32_t*>(sourceIndex_.view.data);
+    state->sourceTokens.assign(tokens, tokens + plan_.numRows);
+  }
   return state;
 }
 

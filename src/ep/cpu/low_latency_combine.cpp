@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "core/logfmt.hpp"
+#include "cpu/integrity.hpp"
 #include "cpu/low_latency.hpp"
 #include "cpu/rounds.hpp"
 
@@ -53,7 +54,8 @@ class CombineReceive final : public LowLatencyReceive {
         hidden_(static_cast<std::size_t>(request_.signature.hidden)),
         rowBytes_(hidden_ * itemSize(request_.inputs.x.dtype)),
         stagedBytes_(request_.options.logfmt ? logfmtRowBytes(hidden_) : rowBytes_),
-        type_(static_cast<std::size_t>(sumType(request_.inputs.x.dtype))) {
+        type_(static_cast<std::size_t>(sumType(request_.inputs.x.dtype))),
+        verifier_(context_, "low-latency combine") {
     bufferId = context_.bufferId;
   }
 
@@ -63,20 +65,24 @@ class CombineReceive final : public LowLatencyReceive {
 
  private:
   void reserve();
+  void sealWeights() const;
   void post();
   const std::vector<Message>& collect();
   void bindWeights(const std::vector<Message>& entries);
+  void verifyWeights(std::size_t rank, const LowLatencyCombineEntry& entry) const;
   void stageRows();
   void stageToken(std::size_t source, std::int64_t token) const;
   void stagePartialSum(const std::int32_t* slots, const float* weights, std::byte* out) const;
   void bindRows();
   void awaitRows();
   void sumToken(std::int64_t token, Summands& summands) const;
-  void addRowsOfExperts(std::size_t first, Summands& summands) const;
-  void addSumsOfRanks(std::size_t first, Summands& summands) const;
-  void addRow(std::size_t rank, std::int32_t ordinal, Summands& summands) const;
+  void addRowsOfExperts(std::int64_t token, Summands& summands) const;
+  void addSumsOfRanks(std::int64_t token, Summands& summands) const;
+  void addRow(std::size_t rank, std::int64_t token, std::int32_t ordinal, Summands& summands) const;
 
   std::size_t numRanks() const { return static_cast<std::size_t>(context_.size()); }
+  /// Whether peers read this rank's weights, and it theirs.
+  bool weightsTravel() const { return !request_.options.exact && !state_.hasWeights; }
   std::size_t self() const { return static_cast<std::size_t>(context_.rank()); }
   const std::byte* slot(std::int32_t index) const {
     return static_cast<const std::byte*>(request_.inputs.x.data) +
@@ -94,17 +100,22 @@ class CombineReceive final : public LowLatencyReceive {
   const std::size_t rowBytes_;
   const std::size_t stagedBytes_;  ///< of a row on its way
   const std::size_t type_;
+  const RowVerifier verifier_;
 
   // As a sender, by the rank whose tokens they are.
   std::vector<std::vector<std::int32_t>> sendOrdinals_;  ///< [T, K]
   std::vector<std::size_t> rowsOffset_;                  ///< in the staging
   std::vector<const float*> weightsOf_;                  ///< [T, K]
   std::size_t weightsOffset_ = 0;
+  std::size_t weightSealsOffset_ = 0;
+  std::vector<std::size_t> rowSealsOffset_;
 
   // As the receiver, by the rank of the experts.
   std::vector<std::vector<std::int32_t>> ordinals_;  ///< [T, K]
   std::vector<ArrayAddress> rowsAt_;
+  std::vector<ArrayAddress> sealsAt_;
   std::vector<const std::byte*> rowsFrom_;
+  std::vector<const RowSeal*> sealsFrom_;  ///< in the integrity mode; null: this rank's own
   bool collected_ = false;
 };
 
@@ -112,7 +123,7 @@ void CombineReceive::send() {
   reserve();
   post();
   lane.stagedEpoch = epoch;
-  if (!request_.options.exact && !state_.hasWeights) bindWeights(collect());
+  if (weightsTravel()) bindWeights(collect());
   stageRows();
 }
 
@@ -121,12 +132,14 @@ void CombineReceive::reserve() {
   StagingPlan plan;
   const auto choices = static_cast<std::size_t>(state_.numTokens) * topk_;
   weightsOffset_ = plan.add(choices * sizeof(float));
+  weightSealsOffset_ = plan.add(weightsTravel() ? sealBytes(context_, state_.numTokens) : 0);
   for (std::size_t r = 0; r < numRanks(); ++r) {
     const SourceRows& source = state_.sources[r];
     // Slots tell experts apart as well as ids do.
     sendOrdinals_.push_back(returnOrdinals(source.slots, state_.topk, request_.options.exact));
     rowsOffset_.push_back(
         plan.add(static_cast<std::size_t>(numOrdinals(sendOrdinals_.back())) * stagedBytes_));
+    rowSealsOffset_.push_back(plan.add(sealBytes(context_, numOrdinals(sendOrdinals_.back()))));
     weightsOf_.push_back(source.weights.data());
     const auto own = choicesOf(state_.topkIdx, *state_.placement, static_cast<int>(r));
     ordinals_.push_back(returnOrdinals(own, state_.topk, request_.options.exact));
@@ -134,6 +147,16 @@ void CombineReceive::reserve() {
   lane.staging.reserve(std::max<std::size_t>(plan.bytes(), 1));
   std::copy_n(ownWeights(), choices,
               reinterpret_cast<float*>(lane.staging.data() + weightsOffset_));
+  if (context_.integrity && weightsTravel()) sealWeights();
+}
+
+void CombineReceive::sealWeights() const {
+  auto* seals = reinterpret_cast<RowSeal*>(lane.staging.data() + weightSealsOffset_);
+  for (std::int64_t token = 0; token < state_.numTokens; ++token) {
+    const float* weights = ownWeights() + static_cast<std::size_t>(token) * topk_;
+    seals[token] = {checksum(weights, topk_ * sizeof(float)),
+                    packTag(context_.rank(), token, epoch)};
+  }
 }
 
 void CombineReceive::post() {
@@ -143,6 +166,8 @@ void CombineReceive::post() {
     entry.signature = request_.signature;
     entry.weights = lane.staging.address(weightsOffset_);
     entry.rows = lane.staging.address(rowsOffset_[r]);
+    entry.weightSeals = lane.staging.address(weightSealsOffset_);
+    entry.rowSeals = lane.staging.address(rowSealsOffset_[r]);
     outgoing.push_back(encode(entry));
   }
   context_.mailbox.post(epoch, static_cast<std::uint32_t>(Round::entry), outgoing,
@@ -155,7 +180,11 @@ const std::vector<Message>& CombineReceive::collect() {
                                                  "the entry into the operation");
   requireEntries(context_, entries);
   for (const Message& entry : entries) {
-    rowsAt_.push_back(entry.empty() ? ArrayAddress{} : decode<LowLatencyCombineEntry>(entry).rows);
+    // A masked rank has none.
+    const auto from =
+        entry.empty() ? LowLatencyCombineEntry{} : decode<LowLatencyCombineEntry>(entry);
+    rowsAt_.push_back(from.rows);
+    sealsAt_.push_back(from.rowSeals);
   }
   collected_ = true;
   return entries;
@@ -173,6 +202,20 @@ void CombineReceive::bindWeights(const std::vector<Message>& entries) {
     weightsOf_[r] = reinterpret_cast<const float*>(
         peerRows(context_, static_cast<int>(r), entry.weights, {0, state_.sources[r].numTokens},
                  topk_ * sizeof(float), sizeof(float)));
+    if (context_.integrity) verifyWeights(r, entry);
+  }
+  verifier_.throwIfDamaged();
+}
+
+void CombineReceive::verifyWeights(std::size_t rank, const LowLatencyCombineEntry& entry) const {
+  const std::int64_t tokens = state_.sources[rank].numTokens;
+  const auto* seals =
+      reinterpret_cast<const RowSeal*>(peerRows(context_, static_cast<int>(rank), entry.weightSeals,
+                                                {0, tokens}, sizeof(RowSeal), alignof(RowSeal)));
+  for (std::int64_t token = 0; token < tokens; ++token) {
+    const float* weights = weightsOf_[rank] + static_cast<std::size_t>(token) * topk_;
+    verifier_.check(static_cast<int>(rank), token, checksum(weights, topk_ * sizeof(float)),
+                    seals[token]);
   }
 }
 
@@ -182,14 +225,21 @@ void CombineReceive::bindRows() {
   for (std::size_t r = 0; r < numRanks(); ++r) {
     if (r == self()) {
       rowsFrom_.push_back(lane.staging.data() + rowsOffset_[r]);
+      sealsFrom_.push_back(nullptr);
       continue;
     }
     if (context_.masked(r)) {
       rowsFrom_.push_back(nullptr);
+      sealsFrom_.push_back(nullptr);
       continue;
     }
-    rowsFrom_.push_back(peerRows(context_, static_cast<int>(r), rowsAt_[r],
-                                 {0, numOrdinals(ordinals_[r])}, stagedBytes_, alignof(float)));
+    const RowRange range{0, numOrdinals(ordinals_[r])};
+    rowsFrom_.push_back(
+        peerRows(context_, static_cast<int>(r), rowsAt_[r], range, stagedBytes_, alignof(float)));
+    sealsFrom_.push_back(context_.integrity ? reinterpret_cast<const RowSeal*>(peerRows(
+                                                  context_, static_cast<int>(r), sealsAt_[r], range,
+                                                  sizeof(RowSeal), alignof(RowSeal)))
+                                            : nullptr);
   }
 }
 
@@ -215,6 +265,8 @@ void CombineReceive::stageToken(std::size_t source, std::int64_t token) const {
   for (std::size_t k = 0; k < topk_; ++k) {
     if (slots[k] < 0 || std::find(ordinals, ordinals + k, ordinals[k]) != ordinals + k) continue;
     std::byte* out = rows + static_cast<std::size_t>(ordinals[k]) * stagedBytes_;
+    // Encoded rows differ in length; the checksum is of all the room for one.
+    if (context_.integrity && request_.options.logfmt) std::memset(out, 0, stagedBytes_);
     if (!request_.options.exact) {
       stagePartialSum(slots, weightsOf_[source] + first, out);
     } else if (request_.options.logfmt) {
@@ -222,6 +274,9 @@ void CombineReceive::stageToken(std::size_t source, std::int64_t token) const {
     } else {
       context_.kernels.copy(out, slot(slots[k]), rowBytes_);
     }
+    if (!context_.integrity) continue;
+    auto* seals = reinterpret_cast<RowSeal*>(lane.staging.data() + rowSealsOffset_[source]);
+    seals[ordinals[k]] = {checksum(out, stagedBytes_), packTag(context_.rank(), token, epoch)};
   }
 }
 
@@ -256,6 +311,7 @@ void CombineReceive::receive() {
     Summands summands;
     for (std::int64_t t = begin; t < end; ++t) sumToken(t, summands);
   });
+  verifier_.throwIfDamaged();
 }
 
 void CombineReceive::awaitRows() {
@@ -284,40 +340,48 @@ void CombineReceive::sumToken(std::int64_t token, Summands& summands) const {
   auto* out = static_cast<std::byte*>(request_.outputs.x.data) +
               static_cast<std::size_t>(token) * rowBytes_;
   summands.clear();
-  const std::size_t first = static_cast<std::size_t>(token) * topk_;
   std::vector<const void*>& rows = summands.rows;
   if (request_.options.exact) {
-    addRowsOfExperts(first, summands);
+    addRowsOfExperts(token, summands);
     return context_.kernels.weightedSum[type_](out, rows.data(), summands.weights.data(),
                                                rows.size(), hidden_);
   }
-  addSumsOfRanks(first, summands);
+  addSumsOfRanks(token, summands);
   context_.kernels.sum[type_](out, rows.data(), rows.size(), hidden_, 0.0F, false);
 }
 
-void CombineReceive::addRowsOfExperts(std::size_t first, Summands& summands) const {
+void CombineReceive::addRowsOfExperts(std::int64_t token, Summands& summands) const {
+  const std::size_t first = static_cast<std::size_t>(token) * topk_;
   for (std::size_t k = 0; k < topk_; ++k) {
     const std::int32_t expert = state_.topkIdx[first + k];
     if (expert < 0) continue;
     const auto owner = static_cast<std::size_t>(state_.placement->owner(expert));
     if (context_.masked(owner)) continue;
-    addRow(owner, ordinals_[owner][first + k], summands);
+    addRow(owner, token, ordinals_[owner][first + k], summands);
     summands.weights.push_back(ownWeights()[first + k]);
   }
 }
 
-void CombineReceive::addSumsOfRanks(std::size_t first, Summands& summands) const {
+void CombineReceive::addSumsOfRanks(std::int64_t token, Summands& summands) const {
+  const std::size_t first = static_cast<std::size_t>(token) * topk_;
   for (std::size_t r = 0; r < numRanks(); ++r) {
     if (context_.masked(r)) continue;
     const std::int32_t* ordinals = ordinals_[r].data() + first;
     const std::int32_t* found =
         std::find_if(ordinals, ordinals + topk_, [](std::int32_t o) { return o >= 0; });
-    if (found != ordinals + topk_) addRow(r, *found, summands);
+    if (found != ordinals + topk_) addRow(r, token, *found, summands);
   }
 }
 
-void CombineReceive::addRow(std::size_t rank, std::int32_t ordinal, Summands& summands) const {
-  const std::byte* row = rowsFrom_[rank] + static_cast<std::size_t>(ordinal) * stagedBytes_;
+/// Adds a row that came back for a token.
+void CombineReceive::addRow(std::size_t rank, std::int64_t token, std::int32_t ordinal,
+                            Summands& summands) const {
+  const auto at = static_cast<std::size_t>(ordinal);
+  const std::byte* row = rowsFrom_[rank] + at * stagedBytes_;
+  if (sealsFrom_[rank] != nullptr) {
+    verifier_.check(static_cast<int>(rank), token, checksum(row, stagedBytes_),
+                    sealsFrom_[rank][at]);
+  }
   if (!request_.options.logfmt) return summands.rows.push_back(row);
   summands.decoded.resize(std::max(numRanks(), topk_) * hidden_);
   const std::span decoded(summands.decoded.data() + summands.rows.size() * hidden_, hidden_);

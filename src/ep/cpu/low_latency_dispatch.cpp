@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/columns.hpp"
+#include "cpu/integrity.hpp"
 #include "cpu/low_latency.hpp"
 #include "cpu/rounds.hpp"
 
@@ -41,6 +42,10 @@ struct StagedTokens {
   std::byte* scales = nullptr;
   std::int32_t* topkIdx = nullptr;
   float* weights = nullptr;
+  RowSeal* seals = nullptr;  ///< null unless the integrity mode is on
+
+  RowSeal& sealOfRow(std::int64_t token) const { return seals[token]; }
+  RowSeal& sealOfChoices(std::int64_t token) const { return seals[numTokens + token]; }
 };
 
 /// One dispatch, on one rank.
@@ -51,7 +56,8 @@ class DispatchReceive final : public LowLatencyReceive {
         request_(std::move(request)),
         format_(request_),
         context_(of.context),
-        topk_(request_.signature.topk) {
+        topk_(request_.signature.topk),
+        verifier_(context_, "low-latency dispatch") {
     bufferId = context_.bufferId;
     handle = std::make_shared<LowLatencyState>();
   }
@@ -73,10 +79,19 @@ class DispatchReceive final : public LowLatencyReceive {
   void fetchRows(const std::vector<StagedTokens>& sources);
   void fetchRowsFrom(std::size_t rank, const StagedTokens& source);
   void fetchRow(std::int64_t slot, const StagedTokens& source, std::int64_t token);
+  template <typename Work>
+  void forEachRow(std::size_t rank, const StagedTokens& source, const Work& work) const;
   void fetchScales(const std::vector<StagedTokens>& sources);
   void listScales(std::int64_t expert, const std::vector<StagedTokens>& sources,
                   std::vector<const std::byte*>& rows) const;
   void writeScales(std::int64_t expert, const std::vector<const std::byte*>& rows);
+  void readScales(std::int64_t slot, std::byte* scales) const;
+  void sealToken(std::int64_t token) const;
+  std::uint64_t checksumOf(const std::int32_t* ids, const float* weights) const;
+  void verifyChoices(int rank, const StagedTokens& source, const std::int32_t* ids,
+                     const float* weights) const;
+  void verifyRows(const std::vector<StagedTokens>& sources) const;
+  void verifyRow(int rank, const StagedTokens& source, std::int64_t token, std::int64_t slot) const;
 
   std::int64_t slotsPerExpert() const { return request_.signature.maxTokens * context_.size(); }
   std::int64_t numTokens() const { return request_.inputs.x.shape[0]; }
@@ -85,6 +100,7 @@ class DispatchReceive final : public LowLatencyReceive {
   const Format format_;
   Context& context_;
   const std::int64_t topk_;
+  const RowVerifier verifier_;
   StagedTokens own_;
 };
 
@@ -107,11 +123,16 @@ LowLatencyDispatchEntry DispatchReceive::reserve() {
   const std::size_t scales = plan.add(tokens * format_.scaleBytes);
   const std::size_t topkIdx = plan.add(choices * sizeof(std::int32_t));
   const std::size_t weights = plan.add(request_.inputs.topkWeights ? choices * sizeof(float) : 0);
+  const std::size_t seals = plan.add(sealBytes(context_, 2 * numTokens()));
   lane.staging.reserve(std::max<std::size_t>(plan.bytes(), 1));
 
   std::byte* base = lane.staging.data();
-  own_ = {numTokens(), base + rows, base + scales, reinterpret_cast<std::int32_t*>(base + topkIdx),
-          request_.inputs.topkWeights ? reinterpret_cast<float*>(base + weights) : nullptr};
+  own_ = {numTokens(),
+          base + rows,
+          base + scales,
+          reinterpret_cast<std::int32_t*>(base + topkIdx),
+          request_.inputs.topkWeights ? reinterpret_cast<float*>(base + weights) : nullptr,
+          context_.integrity ? reinterpret_cast<RowSeal*>(base + seals) : nullptr};
   LowLatencyDispatchEntry entry;
   entry.signature = request_.signature;
   entry.numTokens = numTokens();
@@ -119,6 +140,7 @@ LowLatencyDispatchEntry DispatchReceive::reserve() {
   entry.scales = lane.staging.address(scales);
   entry.topkIdx = lane.staging.address(topkIdx);
   entry.weights = lane.staging.address(weights);
+  entry.seals = lane.staging.address(seals);
   return entry;
 }
 
@@ -126,7 +148,10 @@ void DispatchReceive::stageTokens() {
   const TraceScope scope(context_.trace, "stage tokens");
   stageChoices();
   context_.workers.run(numTokens(), kTokensPerPart, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t token = begin; token < end; ++token) stageToken(token);
+    for (std::int64_t token = begin; token < end; ++token) {
+      stageToken(token);
+      if (context_.integrity) sealToken(token);
+    }
   });
 }
 
@@ -194,6 +219,8 @@ void DispatchReceive::receive() {
   place(sources);
   fetchRows(sources);
   if (format_.numScales > 0) fetchScales(sources);
+  if (context_.integrity) verifyRows(sources);
+  verifier_.throwIfDamaged();
   handle->complete = true;
 }
 
@@ -214,11 +241,18 @@ StagedTokens DispatchReceive::locate(int rank, const LowLatencyDispatchEntry& en
     return peerRows(context_, rank, address, {0, entry.numTokens}, rowBytes, alignment);
   };
   const auto choices = static_cast<std::size_t>(topk_);
-  StagedTokens tokens{entry.numTokens, at(entry.rows, format_.rowBytes, 1),
+  StagedTokens tokens{entry.numTokens,
+                      at(entry.rows, format_.rowBytes, 1),
                       at(entry.scales, format_.scaleBytes, 1),
-                      reinterpret_cast<std::int32_t*>(at(entry.topkIdx, choices * 4, 4)), nullptr};
+                      reinterpret_cast<std::int32_t*>(at(entry.topkIdx, choices * 4, 4)),
+                      nullptr,
+                      nullptr};
   if (handle->hasWeights) {
     tokens.weights = reinterpret_cast<float*>(at(entry.weights, choices * 4, 4));
+  }
+  if (context_.integrity) {
+    tokens.seals =
+        reinterpret_cast<RowSeal*>(at(entry.seals, 2 * sizeof(RowSeal), alignof(RowSeal)));
   }
   return tokens;
 }
@@ -235,14 +269,17 @@ void DispatchReceive::place(const std::vector<StagedTokens>& sources) {
     // A copy, as the peer's memory may change under our eyes if the peer is broken.
     const std::vector<std::int32_t> choices(source.topkIdx,
                                             source.topkIdx + source.numTokens * topk_);
-    requireIds(choices, static_cast<int>(r));
     SourceRows rows;
     rows.numTokens = source.numTokens;
-    rows.slots = placeChoices(choices.data(), source.numTokens, topk_, *request_.placement, self,
-                              slotsPerExpert(), counts);
     if (source.weights != nullptr) {
       rows.weights.assign(source.weights, source.weights + source.numTokens * topk_);
     }
+    if (context_.integrity) {
+      verifyChoices(static_cast<int>(r), source, choices.data(), rows.weights.data());
+    }
+    requireIds(choices, static_cast<int>(r));
+    rows.slots = placeChoices(choices.data(), source.numTokens, topk_, *request_.placement, self,
+                              slotsPerExpert(), counts);
     handle->sources.push_back(std::move(rows));
     for (std::size_t e = 0; e < experts; ++e) {
       ranges[e * sources.size() + r] =
@@ -270,13 +307,30 @@ void DispatchReceive::fetchRows(const std::vector<StagedTokens>& sources) {
 }
 
 void DispatchReceive::fetchRowsFrom(std::size_t rank, const StagedTokens& source) {
+  forEachRow(rank, source,
+             [&](std::int64_t token, std::int64_t slot) { fetchRow(slot, source, token); });
+}
+
+void DispatchReceive::verifyRows(const std::vector<StagedTokens>& sources) const {
+  const TraceScope scope(context_.trace, "verify rows");
+  for (std::size_t r = 0; r < sources.size(); ++r) {
+    forEachRow(r, sources[r], [&](std::int64_t token, std::int64_t slot) {
+      verifyRow(static_cast<int>(r), sources[r], token, slot);
+    });
+  }
+}
+
+/// Calls work(token, slot) for each row of a rank's tokens, on all threads.
+template <typename Work>
+void DispatchReceive::forEachRow(std::size_t rank, const StagedTokens& source,
+                                 const Work& work) const {
   const std::vector<std::int32_t>& slots = handle->sources[rank].slots;
   context_.workers.run(source.numTokens, kTokensPerPart, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t token = begin; token < end; ++token) {
       const auto first = slots.begin() + token * topk_;
       for (auto slot = first; slot != first + topk_; ++slot) {
         // An expert that was chosen twice has one row.
-        if (*slot >= 0 && std::find(first, slot, *slot) == slot) fetchRow(*slot, source, token);
+        if (*slot >= 0 && std::find(first, slot, *slot) == slot) work(token, *slot);
       }
     }
   });
@@ -337,6 +391,57 @@ void DispatchReceive::writeScales(std::int64_t expert, const std::vector<const s
       column += out.strides[1];
     }
   }
+}
+
+void DispatchReceive::readScales(std::int64_t slot, std::byte* scales) const {
+  const TensorView& in = request_.outputs.scales;
+  const auto* words = static_cast<const std::uint32_t*>(in.data) +
+                      slot / slotsPerExpert() * in.strides[0] +
+                      slot % slotsPerExpert() * in.strides[1];
+  for (std::int64_t i = 0; i < in.shape[2]; ++i) {
+    std::memcpy(scales + i * 4, words + i * in.strides[2], sizeof(std::uint32_t));
+  }
+}
+
+void DispatchReceive::sealToken(std::int64_t token) const {
+  const auto at = static_cast<std::size_t>(token);
+  const std::uint64_t tag = packTag(context_.rank(), token, epoch);
+  const std::uint64_t row = checksum(own_.rows + at * format_.rowBytes, format_.rowBytes);
+  own_.sealOfRow(token) = {checksum(own_.scales + at * format_.scaleBytes, format_.scaleBytes, row),
+                           tag};
+  const float* weights = own_.weights == nullptr ? nullptr : own_.weights + token * topk_;
+  own_.sealOfChoices(token) = {checksumOf(own_.topkIdx + token * topk_, weights), tag};
+}
+
+/// Of a token's choices.
+std::uint64_t DispatchReceive::checksumOf(const std::int32_t* ids, const float* weights) const {
+  const auto choices = static_cast<std::size_t>(topk_);
+  const std::uint64_t sum = checksum(ids, choices * sizeof(*ids));
+  return weights == nullptr ? sum : checksum(weights, choices * sizeof(*weights), sum);
+}
+
+/// Of all tokens, also those of which no row is fetched: a choice may have been damaged to look so.
+void DispatchReceive::verifyChoices(int rank, const StagedTokens& source, const std::int32_t* ids,
+                                    const float* weights) const {
+  if (rank == context_.rank() || source.seals == nullptr) return;
+  for (std::int64_t token = 0; token < source.numTokens; ++token) {
+    const float* own = source.weights == nullptr ? nullptr : weights + token * topk_;
+    verifier_.check(rank, token, checksumOf(ids + token * topk_, own), source.sealOfChoices(token));
+  }
+  verifier_.throwIfDamaged();
+}
+
+/// Compares what the caller finds in a slot.
+void DispatchReceive::verifyRow(int rank, const StagedTokens& source, std::int64_t token,
+                                std::int64_t slot) const {
+  if (rank == context_.rank()) return;
+  const auto* row = static_cast<const std::byte*>(request_.outputs.x.data) +
+                    static_cast<std::size_t>(slot) * format_.rowBytes;
+  std::uint64_t sum = checksum(row, format_.rowBytes);
+  std::vector<std::byte> scales(format_.scaleBytes);
+  if (format_.numScales > 0) readScales(slot, scales.data());
+  sum = checksum(scales.data(), scales.size(), sum);
+  verifier_.check(rank, token, sum, source.sealOfRow(token));
 }
 
 }  // namespace

@@ -240,9 +240,6 @@ TEST_CASE("the options of a buffer") {
 
 TEST_CASE("options that this version does not serve") {
   BufferOptions options;
-  options.integrityCheck = true;
-  checkSays(messageOf<NotBuilt>([&] { validateOptions(options, kRanks); }), {"integrity_check"});
-  options.integrityCheck = false;
   options.ranksPerDomain = 1;
   checkSays(messageOf<NotBuilt>([&] { validateOptions(options, kRanks); }),
             {"ranks_per_domain is 1", "2 ranks"});

@@ -431,6 +431,28 @@ TEST_CASE("rows of kilobytes, streamed, landed and staged") {
   }
 }
 
+TEST_CASE("random operations with the integrity mode, in every memory") {
+  for (const Launcher& launcher : kLaunchers) {
+    for (const int ranks : {1, 3}) {
+      CAPTURE(launcher.name);
+      CAPTURE(ranks);
+      CHECK_NOTHROW(launcher.run(ranks, [&](Bootstrap& bootstrap) {
+        BufferOptions options = someOptions(2);
+        options.integrityCheck = true;
+        options.firstEpoch = (std::uint64_t{1} << 32) - 60;
+        Buffer buffer(bootstrap, options);
+        for (unsigned i = 0; i < kScenarios; ++i) {
+          runAll(buffer, randomScenario(77 + i, ranks), static_cast<Memory>(i % 3));
+        }
+        for (const Memory memory : {Memory::arena, Memory::callers}) {
+          runAll(buffer, largeScenario(ranks), memory);
+        }
+        buffer.destroy();
+      }));
+    }
+  }
+}
+
 TEST_CASE("counts of more experts than fit in one message") {
   for (const bool onOneRank : {false, true}) {
     CAPTURE(onOneRank);
@@ -831,6 +853,11 @@ TEST_CASE("options are refused together") {
     if (bootstrap.rank() == 1) options.expertMap = {1};
     const std::string text = errorOf<InvalidArgument>(make, "different maps");
     require(contains(text, "expert_map none") && contains(text, "expert_map 1"), text);
+    options.expertMap = {};
+    options.integrityCheck = bootstrap.rank() == 1;
+    const std::string mode = errorOf<InvalidArgument>(make, "different modes");
+    require(contains(mode, "integrity_check false") && contains(mode, "integrity_check true"),
+            mode);
   }));
 }
 

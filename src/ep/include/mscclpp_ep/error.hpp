@@ -30,8 +30,8 @@ class MSCCLPP_EP_API Timeout : public Error {
   ~Timeout() override;
 };
 
-/// Another rank refused its arguments (the buffer stays usable), gave up, or died (the buffer can
-/// only be destroyed); the message says which rank and which of the three.
+/// Another rank refused its arguments (the buffer stays usable), gave up, or died, or what it sent
+/// arrived damaged (the buffer can only be destroyed); the message says which rank and what.
 class MSCCLPP_EP_API PeerFailure : public Error {
  public:
   using Error::Error;
