@@ -60,6 +60,8 @@ class ControlMap {
   static constexpr std::size_t waiting() { return kCacheLine; }
   /// 0 connected, 1 destroyed.
   static constexpr std::size_t closed() { return 2 * kCacheLine; }
+  /// {mode, number}: the collective call in which this rank is.
+  static constexpr std::size_t call() { return 3 * kCacheLine; }
 
   /// {reason, epoch}: `peer` gave up.
   std::size_t abortWord(int peer) const { return word(kAbort, peer); }
@@ -86,7 +88,7 @@ class ControlMap {
 
   // A cache line a word: peers write theirs at the same time.
   std::size_t word(Word which, int peer) const {
-    return 3 * kCacheLine + (which * numRanks_ + static_cast<std::size_t>(peer)) * kCacheLine;
+    return 4 * kCacheLine + (which * numRanks_ + static_cast<std::size_t>(peer)) * kCacheLine;
   }
   std::size_t lanes() const { return alignUp(word(kNumWords, 0), kPage); }
   std::size_t laneBytes() const {

@@ -28,6 +28,10 @@ constexpr std::int64_t kMostInitialArenaBytes = std::int64_t{64} << 20;
 // Two or three threads saturate the memory of most hosts; many more only wait for each other.
 constexpr int kMostDefaultThreads = 16;
 
+// The modes of a call, for Transport::enterCall.
+constexpr std::uint32_t kHighThroughput = 1;
+constexpr std::uint32_t kLowLatency = 2;
+
 class CpuBackend final : public Backend, public std::enable_shared_from_this<CpuBackend> {
  public:
   CpuBackend(std::unique_ptr<Transport> transport, std::unique_ptr<Workers> workers,
@@ -175,6 +179,7 @@ auto CpuBackend::run(const char* operation, const Step& step) {
 
 void CpuBackend::beginEpoch(const char* operation) {
   context_.epoch = nextEpoch_++;
+  transport_->enterCall(kHighThroughput);
   transport_->beginOperation(operation, context_.epoch);
   trace_->beginOperation(operation, context_.epoch);
 }
@@ -255,6 +260,7 @@ void CpuBackend::combine(const CombineRequest& request) {
 void CpuBackend::beginLowLatencyEpoch(const char* operation) {
   LowLatencyLane& lane = nextLane();
   lane.context.epoch = nextLowLatencyEpoch_++;
+  transport_->enterCall(kLowLatency);
   transport_->beginOperation(operation, lane.context.epoch);
   trace_->beginOperation(operation, lane.context.epoch);
 }

@@ -250,6 +250,19 @@ void SharedMemory::beginOperation(const char* name, std::uint64_t epoch) {
   if (newThreadSegments_) forgetThreadsSegments();
 }
 
+void SharedMemory::enterCall(std::uint32_t mode) {
+  call_ = packSignal(mode, signalTag(call_) + 1);
+  word(rank_, ControlMap::call()).store(call_);
+}
+
+void SharedMemory::throwIfElsewhere(int peer) const {
+  if (call_ == 0 || masked(peer)) return;
+  const std::uint64_t other = word(peer, ControlMap::call()).load();
+  if (signalTag(other) != signalTag(call_) || signalValue(other) == signalValue(call_)) return;
+  throw PeerFailure(cat("the ranks disagree on the operation: this rank is in ", describe(),
+                        ", and rank ", peer, " has called one of the other mode"));
+}
+
 void SharedMemory::throwIfGaveUp(int peer, const Awaited& missing) const {
   const std::uint64_t abort = word(rank_, map_.abortWord(peer)).load();
   if (abort == 0) return;
@@ -312,6 +325,7 @@ bool SharedMemory::maskFailed(const Awaited& missing, bool late) {
 
 void SharedMemory::handleFailures(const Awaited& missing) {
   if (leaving_) return;
+  for (const int peer : missing.ranks) throwIfElsewhere(peer);
   if (!shrink_ || connecting_) return throwIfPeerFailed(missing);
   maskFailed(missing, false);
 }

@@ -38,6 +38,7 @@ class SharedMemory final : public Transport {
   std::byte* peerMemory(int peer, std::uint32_t id, std::uint64_t offset,
                         std::size_t bytes) override;
   void beginOperation(const char* name, std::uint64_t epoch) override;
+  void enterCall(std::uint32_t mode) override;
   bool masked(int peer) const override { return at(peer).masked; }
   void setMask(int peer, bool masked) override;
   bool mayStillWrite(int peer) const override { return !at(peer).gone; }
@@ -77,6 +78,7 @@ class SharedMemory final : public Transport {
   bool departed(int peer) const { return at(peer).gone || closed(peer); }
   void throwIfGaveUp(int peer, const Awaited& missing) const;
   void throwIfMaskedBy(int peer, const Awaited& missing) const;
+  void throwIfElsewhere(int peer) const;
   void throwIfPeerFailed(const Awaited& missing) const;
   bool maskFailed(const Awaited& missing, bool late);
   void handleFailures(const Awaited& missing);
@@ -102,6 +104,7 @@ class SharedMemory final : public Transport {
   bool newThreadSegments_ = false;  ///< some that a thread shared before may be obsolete
   const char* operation_ = "connecting";
   std::uint64_t epoch_ = 0;
+  std::uint64_t call_ = 0;  ///< what this rank has in its word of that name
   bool connecting_ = true;
   bool leaving_ = false;  ///< peers may be gone by now, and nothing is wrong with that
   Farewell farewell_{*this};

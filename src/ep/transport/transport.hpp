@@ -58,6 +58,10 @@ class Transport {
   /// Names what the next waits belong to, for their messages.
   virtual void beginOperation(const char* name, std::uint64_t epoch) = 0;
 
+  /// Lets the peers know that this rank begins its next collective call, of such a mode (not 0). In
+  /// waits, a rank that is in the same call with another mode is an error: it will never answer.
+  virtual void enterCall(std::uint32_t mode) = 0;
+
   /// Returns when `ready()` is true. Throws Timeout if that takes too long, and PeerFailure if a
   /// rank of `missing()`, an Awaited, is gone or any rank has given up. What pollInterrupt throws
   /// passes.

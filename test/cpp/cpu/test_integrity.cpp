@@ -91,6 +91,7 @@ class Faulty final : public Transport {
     peers_.emplace_back(data, bytes);
     return data;
   }
+  void enterCall(std::uint32_t mode) override { inner_.enterCall(mode); }
   void beginOperation(const char* name, std::uint64_t epoch) override {
     inner_.beginOperation(name, epoch);
   }

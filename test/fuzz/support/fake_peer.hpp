@@ -54,6 +54,7 @@ class FakePeer final : public Transport {
     return memory_.get() + offset;
   }
   void beginOperation(const char* /*name*/, std::uint64_t /*epoch*/) override {}
+  void enterCall(std::uint32_t /*mode*/) override {}
   bool masked(int /*peer*/) const override { return false; }
   void setMask(int /*peer*/, bool /*masked*/) override {}
   bool mayStillWrite(int /*peer*/) const override { return true; }

@@ -56,3 +56,8 @@ def test_clean_takes_integers(ranks, seed):
 @few
 def test_no_room(ranks, seed):
     ranks.check(errors.no_room, seed)
+
+
+@pytest.mark.ranks(2, 3)
+def test_ranks_that_call_different_modes(ranks, seed):
+    ranks.check(errors.modes_differ, seed)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import time
 
 import numpy as np
 
@@ -311,6 +313,25 @@ def disagree(context, what: str, seed: int) -> None:
     assert re.search(says, message), message
     assert all(re.search(rf"\b{rank}\b", message) for rank in range(context.size)), message
     ll.round_trip(context, buffer, common, seed)
+
+
+def modes_differ(context, seed: int) -> None:
+    """Rank 1 calls the other mode: every rank is told, long before the timeout."""
+    buffer = context.buffer(timeout=60)
+    ll.round_trip(context, buffer, CASE, seed)
+    if context.rank == 1:
+        world = cases.world_of(cases.Case("small"), seed, context.size)
+        call = functools.partial(steps.dispatch, context, buffer, world)
+    else:
+        world = world_of(CASE, seed, context.size)
+        call = functools.partial(ll.dispatch, context, buffer, world)
+    start = time.monotonic()
+    message = str(steps.raised(ep.PeerFailure, call))
+    assert time.monotonic() - start < 30
+    # Of more ranks than two, one may hear first that another has given up.
+    assert "disagree on the operation" in message or "gave up" in message, message
+    assert context.size > 2 or "disagree" in message, message
+    buffer.destroy()
 
 
 def combines_differ(context, what: str, seed: int) -> None:
