@@ -113,8 +113,9 @@ struct LowLatencyDispatchEntry {
 struct LowLatencyCombineEntry {
   Signature signature;
   Status status;
-  ArrayAddress weights;  ///< [T, K] float32 of the sender's tokens
-  ArrayAddress rows;     ///< for the receiver's tokens, readable once kRowsStaged is raised
+  ArrayAddress weights;      ///< [T, K] float32 of the sender's tokens
+  ArrayAddress rows;         ///< for the receiver's tokens, readable once kRowsStaged is raised
+  std::int64_t numRows = 0;  ///< none if one had masked the other in the dispatch
 };
 
 static_assert(std::is_trivially_copyable_v<LowLatencyDispatchEntry>);

@@ -82,6 +82,9 @@ class CombineReceive final : public LowLatencyReceive {
     return static_cast<const std::byte*>(request_.inputs.x.data) +
            static_cast<std::size_t>(index) * rowBytes_;
   }
+  bool sends(std::size_t rank) const {
+    return rowsFrom_[rank] != nullptr && !context_.masked(rank);
+  }
   const float* ownWeights() const {
     return static_cast<const float*>(request_.inputs.topkWeights.data);
   }
@@ -142,6 +145,7 @@ void CombineReceive::post() {
     entry.signature = request_.signature;
     entry.weights = lane.staging.address(weightsOffset_);
     entry.rows = lane.staging.address(rowsOffset_[r]);
+    entry.numRows = numOrdinals(sendOrdinals_[r]);
     outgoing.push_back(encode(entry));
   }
   context_.mailbox.post(epoch, static_cast<std::uint32_t>(Round::entry), outgoing,
@@ -179,11 +183,16 @@ void CombineReceive::bindRows(const std::vector<Message>& entries) {
       rowsFrom_.push_back(lane.staging.data() + rowsOffset_[r]);
       continue;
     }
-    if (entries[r].empty()) {
+    const auto entry =
+        entries[r].empty() ? LowLatencyCombineEntry{} : decode<LowLatencyCombineEntry>(entries[r]);
+    if (entry.numRows == 0) {
       rowsFrom_.push_back(nullptr);
       continue;
     }
-    const auto entry = decode<LowLatencyCombineEntry>(entries[r]);
+    if (entry.numRows != numOrdinals(ordinals_[r])) {
+      throw PeerFailure(cat("rank ", r, " sends ", entry.numRows, " rows; this rank expects ",
+                            numOrdinals(ordinals_[r])));
+    }
     rowsFrom_.push_back(
         context_.transport.peerMemory(static_cast<int>(r), entry.rows.segment, entry.rows.offset,
                                       arrayBytes(numOrdinals(ordinals_[r]), stagedBytes_)));
@@ -296,7 +305,7 @@ void CombineReceive::addRowsOfExperts(std::size_t first, Summands& summands) con
     const std::int32_t expert = state_.topkIdx[first + k];
     if (expert < 0) continue;
     const auto owner = static_cast<std::size_t>(state_.placement->owner(expert));
-    if (context_.masked(owner)) continue;
+    if (!sends(owner)) continue;
     addRow(owner, ordinals_[owner][first + k], summands);
     summands.weights.push_back(ownWeights()[first + k]);
   }
@@ -304,7 +313,7 @@ void CombineReceive::addRowsOfExperts(std::size_t first, Summands& summands) con
 
 void CombineReceive::addSumsOfRanks(std::size_t first, Summands& summands) const {
   for (std::size_t r = 0; r < numRanks(); ++r) {
-    if (context_.masked(r)) continue;
+    if (!sends(r)) continue;
     const std::int32_t* ordinals = ordinals_[r].data() + first;
     const std::int32_t* found =
         std::find_if(ordinals, ordinals + topk_, [](std::int32_t o) { return o >= 0; });

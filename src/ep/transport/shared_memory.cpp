@@ -123,8 +123,12 @@ void SharedMemory::announce(std::uint32_t id, std::size_t bytes, int fd) {
   for (int peer = 0; peer < size(); ++peer) {
     if (peer == rank_ || isThread(peer)) continue;
     const auto sent = [&] {
-      return masked(peer) || sendMessage(at(peer).link.socket.get(),
-                                         std::as_bytes(std::span(&announcement, 1)), fd);
+      if (sendMessage(at(peer).link.socket.get(), std::as_bytes(std::span(&announcement, 1)), fd)) {
+        return true;
+      }
+      // A masked one is not waited for, but may be taken in again only if it knows all.
+      at(peer).missed = at(peer).missed || masked(peer);
+      return masked(peer);
     };
     if (sent()) continue;
     wait(sent, [peer] { return Awaited{{peer}, "room for a message"}; });
@@ -250,8 +254,16 @@ void SharedMemory::requireNobodyGaveUp() {
   }
 }
 
-void SharedMemory::throwIfMaskedBy(int peer, const Awaited& missing) const {
-  if (word(rank_, map_.mask(peer)).load() == 0) return;
+/// Of two ranks that take each other in again, one is first, and does not mind that the other has
+/// it masked still.
+bool SharedMemory::maskedBy(int peer) {
+  const bool masks = word(rank_, map_.mask(peer)).load() != 0;
+  at(peer).returning = at(peer).returning && masks;
+  return masks && !at(peer).returning;
+}
+
+void SharedMemory::throwIfMaskedBy(int peer, const Awaited& missing) {
+  if (!maskedBy(peer)) return;
   throw PeerFailure(
       cat(describe(), ": rank ", peer,
           " has masked this rank, and goes on without it, while this rank waited for ", missing));
@@ -263,6 +275,11 @@ void SharedMemory::setMask(int peer, bool masked) {
     if (departed(peer) || word(rank_, map_.abortWord(peer)).load() != 0) {
       throw PeerFailure(cat("rank ", peer, " is gone, and cannot be taken in again"));
     }
+    if (at(peer).missed) {
+      throw PeerFailure(cat("rank ", peer,
+                            " took no messages while it was masked, and cannot be taken in again"));
+    }
+    at(peer).returning = at(peer).masked;
   }
   at(peer).masked = masked;
   word(peer, map_.mask(rank_)).store(masked ? 1 : 0);
@@ -277,8 +294,7 @@ bool SharedMemory::maskFailed(const Awaited& missing, bool late) {
     if (peer == rank_ || masked(peer)) continue;
     const bool awaited =
         std::find(missing.ranks.begin(), missing.ranks.end(), peer) != missing.ranks.end();
-    const bool gaveUp =
-        word(rank_, map_.abortWord(peer)).load() != 0 || word(rank_, map_.mask(peer)).load() != 0;
+    const bool gaveUp = word(rank_, map_.abortWord(peer)).load() != 0 || maskedBy(peer);
     if (gaveUp || (awaited && (late || departed(peer)))) {
       setMask(peer, true);
       any = true;
@@ -299,7 +315,7 @@ void SharedMemory::handleTimeout(const Awaited& missing) {
                     "; raise `timeout` if that rank is only slow"));
 }
 
-void SharedMemory::throwIfPeerFailed(const Awaited& missing) const {
+void SharedMemory::throwIfPeerFailed(const Awaited& missing) {
   for (int peer = 0; peer < size(); ++peer) {
     if (masked(peer)) continue;
     throwIfGaveUp(peer, missing);
