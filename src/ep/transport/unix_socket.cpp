@@ -119,7 +119,11 @@ Arrival receiveMessage(int socket, std::span<std::byte> buffer, ReceivedMessage&
   header.msg_iovlen = 1;
   header.msg_control = space;
   header.msg_controllen = sizeof(space);
-  const ssize_t bytes = ::recvmsg(socket, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  ssize_t bytes = ::recvmsg(socket, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  // Told once, when the other end went with messages unread. What it sent before comes after that.
+  if (bytes < 0 && errno == ECONNRESET) {
+    bytes = ::recvmsg(socket, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+  }
   if (bytes < 0) return wouldBlock(errno) ? Arrival::nothing : Arrival::closed;
   if (bytes == 0) return Arrival::closed;
   received.bytes = static_cast<std::size_t>(bytes);
