@@ -254,15 +254,14 @@ void SharedMemory::requireNobodyGaveUp() {
   }
 }
 
-/// Of two ranks that take each other in again, one is first, and does not mind that the other has
-/// it masked still.
-bool SharedMemory::maskedBy(int peer) {
-  const bool masks = word(rank_, map_.mask(peer)).load() != 0;
-  at(peer).returning = at(peer).returning && masks;
-  return masks && !at(peer).returning;
+/// Two ranks that mask each other and take each other in again do so at different times. One that
+/// is behind this rank in that will follow; it is one ahead that has masked it anew.
+bool SharedMemory::maskedBy(int peer) const {
+  const std::uint64_t turns = word(rank_, map_.mask(peer)).load();
+  return turns % 2 == 1 && turns > at(peer).turns;
 }
 
-void SharedMemory::throwIfMaskedBy(int peer, const Awaited& missing) {
+void SharedMemory::throwIfMaskedBy(int peer, const Awaited& missing) const {
   if (!maskedBy(peer)) return;
   throw PeerFailure(
       cat(describe(), ": rank ", peer,
@@ -279,10 +278,12 @@ void SharedMemory::setMask(int peer, bool masked) {
       throw PeerFailure(cat("rank ", peer,
                             " took no messages while it was masked, and cannot be taken in again"));
     }
-    at(peer).returning = at(peer).masked;
   }
+  if (at(peer).masked == masked) return;
   at(peer).masked = masked;
-  word(peer, map_.mask(rank_)).store(masked ? 1 : 0);
+  std::uint64_t& turns = at(peer).turns;
+  turns = masked && maskedBy(peer) ? word(rank_, map_.mask(peer)).load() : turns + 1;
+  word(peer, map_.mask(rank_)).store(turns);
   ring(peer);
 }
 
@@ -315,7 +316,7 @@ void SharedMemory::handleTimeout(const Awaited& missing) {
                     "; raise `timeout` if that rank is only slow"));
 }
 
-void SharedMemory::throwIfPeerFailed(const Awaited& missing) {
+void SharedMemory::throwIfPeerFailed(const Awaited& missing) const {
   for (int peer = 0; peer < size(); ++peer) {
     if (masked(peer)) continue;
     throwIfGaveUp(peer, missing);
