@@ -113,6 +113,23 @@ def test_stopped_beyond_the_timeout_then_continued(doomed, seed):
     expect_all_well(run.result())
 
 
+def test_stopped_in_large_operations(doomed, seed):
+    pool, victim = doomed(2), seed % 2
+    run = pool.start(masks.stopped_in_operations, victim, STOPPED_FOR, seed)
+    run.report(victim)
+    os.kill(pool.pids()[victim], signal.SIGSTOP)
+    run.report(1 - victim)
+    os.kill(pool.pids()[victim], signal.SIGCONT)
+    run.report(victim)
+    run.send_all()
+    expect_all_well(run.result())
+
+
+@pytest.mark.ranks(4)
+def test_short_soak_without_deaths(ranks, seed):
+    assert ranks.check(masks.soak, 200, {}, seed) == [200] * 4
+
+
 def soak(pool, operations: int, seed: int, timeout: float) -> None:
     """Two of four ranks die on the way."""
     first = seed % 4

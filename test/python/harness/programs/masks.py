@@ -263,6 +263,27 @@ def stopped(context, victim: int, timeout: float, seed: int) -> None:
     player.buffer.destroy()
 
 
+def stopped_in_operations(context, victim: int, timeout: float, seed: int) -> None:
+    """The test stops the victim in a stream of large operations of two ranks."""
+    player = shrinking(context, timeout=timeout)
+    world = world_of(CASES["rings"], seed, context.size)
+    turn = 0
+    while not player.masked():
+        try:
+            player.combine(player.dispatch(world), turn)
+        except ep.PeerFailure as error:
+            assert steps.names_rank(str(error), 1 - context.rank), error
+            player.expect_masked(1 - context.rank)
+        turn += 1
+        if context.rank == victim and turn == 2:
+            context.report("at work")
+    player.both_modes(seed)
+    player.expect_masked(1 - context.rank)
+    context.report("apart")
+    context.receive()
+    player.buffer.destroy()
+
+
 def one_side_masks(context, seed: int) -> None:
     """A rank that is masked is told so, where it waits, and goes on without the one that did."""
     player = shrinking(context)
@@ -390,7 +411,7 @@ class Soak:
                 time.sleep(self.own.exponential(0.001))
             if self.deaths.get(self.player.rank) == turn:
                 self.die()
-            if self.rng.random() < 0.01:
+            if self.rng.random() < 0.02:
                 self.part_or_meet(turn)
             choices[int(self.rng.choice(5, p=[0.2, 0.15, 0.2, 0.25, 0.2]))](turn)
             self.done += 1
