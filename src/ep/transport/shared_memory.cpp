@@ -345,6 +345,8 @@ void SharedMemory::waitAsleep(const std::function<bool()>& ready,
     // What a peer did before it failed counts: it is looked for once more.
     if (ready()) return;
     handleFailures(missing());
+    // Nothing is left to wait for if those that were waited for have just been masked.
+    if (ready()) return;
     if (now - start >= timeout_) {
       handleTimeout(missing());
       start = now;

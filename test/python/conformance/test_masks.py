@@ -138,7 +138,7 @@ def soak(pool, operations: int, seed: int, timeout: float) -> None:
     for rank, outcome in enumerate(outcomes):
         if rank in deaths:
             assert outcome.failure is not None
-            assert outcome.failure.kind == "Died"
+            assert outcome.failure.kind == "Died", str(outcome.failure)
         else:
             assert outcome.failure is None, str(outcome.failure)
             assert outcome.value == operations
