@@ -270,7 +270,8 @@ class LowLatencyMethods:
             mask: Whether to mask it.
 
         Raises:
-            InvalidArgument: The buffer was made without `enable_shrink`, or there is no such rank.
+            InvalidArgument: The buffer was made without `enable_shrink`; there is no such rank; or
+                one is to be taken in while an operation waits for its hook.
             PeerFailure: The rank is gone, and cannot be taken in again.
         """
         self._core.set_mask(integer("rank_to_mask", rank_to_mask, bits=31), bool(mask))
@@ -292,7 +293,8 @@ class LowLatencyMethods:
         """Takes in again every masked rank that is not gone.
 
         Raises:
-            InvalidArgument: The buffer was made without `enable_shrink`.
+            InvalidArgument: The buffer was made without `enable_shrink`, or an operation waits for
+                its hook.
         """
         for rank in range(self._core.size):
             if rank != self._core.rank:

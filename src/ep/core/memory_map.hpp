@@ -67,7 +67,7 @@ class ControlMap {
   std::size_t abortWord(int peer) const { return word(kAbort, peer); }
   /// `peer` has reached destroy().
   std::size_t goodbye(int peer) const { return word(kGoodbye, peer); }
-  /// Whether this rank goes on without `peer`. Room for the mask API.
+  /// How often `peer` has masked this rank and taken it in again: odd while it is masked.
   std::size_t mask(int peer) const { return word(kMask, peer); }
 
   std::size_t slot(Lane lane, int peer, std::uint64_t sequence) const {

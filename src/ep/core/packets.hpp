@@ -132,8 +132,9 @@ struct LowLatencyDispatchEntry {
 struct LowLatencyCombineEntry {
   Signature signature;
   Status status;
-  ArrayAddress weights;  ///< [T, K] float32 of the sender's tokens
-  ArrayAddress rows;     ///< for the receiver's tokens, readable once kRowsStaged is raised
+  ArrayAddress weights;      ///< [T, K] float32 of the sender's tokens
+  ArrayAddress rows;         ///< for the receiver's tokens, readable once kRowsStaged is raised
+  std::int64_t numRows = 0;  ///< none if one had masked the other in the dispatch
   // In the integrity mode:
   ArrayAddress weightSeals;  ///< [T] RowSeal, if the weights are read
   ArrayAddress rowSeals;     ///< a RowSeal for each of the rows

@@ -87,6 +87,9 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
   bool masked(int rank) const override { return transport_->masked(rank); }
   void setMask(int rank, bool masked) override {
     requireUsable();
+    EP_EXPECTS(masked || !begun_, "a rank is taken in between operations; finish the dispatch");
+    EP_EXPECTS(masked || !(lanes_[0].busy || lanes_[1].busy),
+               "a rank is taken in between operations; call the hooks first");
     transport_->setMask(rank, masked);
   }
   void freeze() override {

@@ -46,7 +46,10 @@ class RowReducer {
   void run() {
     offerInputs();
     receiveOffers();
+    const std::vector<bool> known = masks();
     reduceAll();
+    // A rank that was masked on the way is missing from every token or from none.
+    if (masks() != known) reduceStep(0, handle_.numTokens);
     try {
       // A rank that gave up may have let its caller overwrite the rows, also those read already.
       context_.requireNobodyGaveUp();
@@ -85,6 +88,11 @@ class RowReducer {
                    std::vector<const void*>& weights) const;
   void finish();
 
+  std::vector<bool> masks() const {
+    std::vector<bool> masked;
+    for (std::size_t r = 0; r < sources_.size(); ++r) masked.push_back(context_.masked(r));
+    return masked;
+  }
   std::int64_t rowsKeptFrom(std::size_t rank) const {
     return rowsKept(handle_.firstRowFrom[rank], handle_.numRowsFrom[rank], handle_.numRows);
   }

@@ -106,7 +106,8 @@ class RowMover {
   Tensor tags_;
   Landing landing_;
   std::vector<RowWriter::Target> targets_;
-  std::int64_t step_ = 0;  ///< tokens between two looks at what others do
+  std::vector<bool> told_;  ///< which ranks may know where rows go
+  std::int64_t step_ = 0;   ///< tokens between two looks at what others do
 };
 
 /// Finds out which outputs rows can arrive in, and a landing block for the others.
@@ -156,7 +157,9 @@ const std::vector<Message>& RowMover::publish() {
   for (std::size_t r = 0; r < numRanks(); ++r) {
     DispatchPublish publication;
     publication.firstRow = plan_.firstRowFrom[r];
-    publication.capacity = plan_.numRows;
+    // A rank has no more room than its rows take: none, if it was masked when the handle was made.
+    publication.capacity = std::min(plan_.numRows, plan_.firstRowFrom[r] + plan_.numRowsFrom[r]);
+    told_.push_back(!context_.masked(r));
     publication.ringRows = landing_.ringRows(r);
     for (int column = 0; column < kNumColumns; ++column) {
       if (landing_.used()) {
@@ -261,7 +264,8 @@ void RowMover::sendTokens(std::int64_t begin, std::int64_t end) {
     std::optional<std::uint64_t> sum;
     for (std::int64_t r = 0; r < ranks; ++r) {
       const std::int32_t head = heads[token * ranks + r];
-      if (head < 0) continue;
+      // One that was masked on the way may not have taken what lies where this row would.
+      if (head < 0 || context_.masked(static_cast<int>(r))) continue;
       if (context_.integrity && r != context_.rank() && !sum) sum = writer_.checksumOf(token);
       writer_.write(targets_[static_cast<std::size_t>(r)], token, head, sum.value_or(0));
     }
@@ -285,7 +289,8 @@ std::int64_t RowMover::rowsAmong(std::size_t rank, std::int64_t numTokens) const
 void RowMover::raisePushed(std::int64_t sentTokens) {
   for (std::size_t r = 0; r < numRanks(); ++r) {
     const int rank = static_cast<int>(r);
-    if (rank != context_.rank()) context_.raise(kRowsPushed, rank, rowsAmong(r, sentTokens));
+    if (rank == context_.rank() || context_.masked(r)) continue;
+    context_.raise(kRowsPushed, rank, rowsAmong(r, sentTokens));
   }
 }
 
@@ -362,7 +367,7 @@ void RowMover::forsake(std::size_t rank) {
   for (int column = 0; column < kNumColumns; ++column) {
     const OutputColumn& output = outputs_[column];
     if (output.data == nullptr || count == 0) continue;
-    if (context_.transport.mayStillWrite(static_cast<int>(rank))) {
+    if (told_[rank] && context_.transport.mayStillWrite(static_cast<int>(rank))) {
       context_.arena.quarantine(output.data);
       if (landing_.used()) context_.arena.abandonLanding();
     }

@@ -88,13 +88,14 @@ DispatchPlan exchangeCounts(Context& context, const DispatchRequest& request) {
   const auto& entries = exchangeEntries(context, outgoing);
   for (std::size_t r = 0; r < entries.size(); ++r) {
     const Message& message = entries[r];
-    if (message.empty()) {
-      // A masked rank sends nothing. Where routing is repeated, its rows keep their place.
-      plan.numRowsFrom.push_back(request.cached != nullptr ? request.cached->numRowsFrom[r] : 0);
-      continue;
+    // Where routing is repeated rows keep their places: also those of a rank that is masked, and
+    // one that was masked has none.
+    if (request.cached != nullptr) {
+      plan.numRowsFrom.push_back(request.cached->numRowsFrom[r]);
+    } else {
+      plan.numRowsFrom.push_back(message.empty() ? 0 : rowsOf(message, r));
     }
-    plan.numRowsFrom.push_back(rowsOf(message, r));
-    if (inEntry) addCounts(message, sizeof(DispatchEntry), plan.perExpert);
+    if (inEntry && !message.empty()) addCounts(message, sizeof(DispatchEntry), plan.perExpert);
   }
   if (!inEntry) exchangeLongCounts(context, counts, plan.perExpert);
 

@@ -88,6 +88,9 @@ class CombineReceive final : public LowLatencyReceive {
     return static_cast<const std::byte*>(request_.inputs.x.data) +
            static_cast<std::size_t>(index) * rowBytes_;
   }
+  bool sends(std::size_t rank) const {
+    return rowsFrom_[rank] != nullptr && !context_.masked(rank);
+  }
   const float* ownWeights() const {
     return static_cast<const float*>(request_.inputs.topkWeights.data);
   }
@@ -114,6 +117,7 @@ class CombineReceive final : public LowLatencyReceive {
   std::vector<std::vector<std::int32_t>> ordinals_;  ///< [T, K]
   std::vector<ArrayAddress> rowsAt_;
   std::vector<ArrayAddress> sealsAt_;
+  std::vector<std::int64_t> numRowsAt_;
   std::vector<const std::byte*> rowsFrom_;
   std::vector<const RowSeal*> sealsFrom_;  ///< in the integrity mode; null: this rank's own
   bool collected_ = false;
@@ -166,6 +170,7 @@ void CombineReceive::post() {
     entry.signature = request_.signature;
     entry.weights = lane.staging.address(weightsOffset_);
     entry.rows = lane.staging.address(rowsOffset_[r]);
+    entry.numRows = numOrdinals(sendOrdinals_[r]);
     entry.weightSeals = lane.staging.address(weightSealsOffset_);
     entry.rowSeals = lane.staging.address(rowSealsOffset_[r]);
     outgoing.push_back(encode(entry));
@@ -185,6 +190,7 @@ const std::vector<Message>& CombineReceive::collect() {
         entry.empty() ? LowLatencyCombineEntry{} : decode<LowLatencyCombineEntry>(entry);
     rowsAt_.push_back(from.rows);
     sealsAt_.push_back(from.rowSeals);
+    numRowsAt_.push_back(from.numRows);
   }
   collected_ = true;
   return entries;
@@ -228,12 +234,16 @@ void CombineReceive::bindRows() {
       sealsFrom_.push_back(nullptr);
       continue;
     }
-    if (context_.masked(r)) {
+    if (context_.masked(r) || numRowsAt_[r] == 0) {
       rowsFrom_.push_back(nullptr);
       sealsFrom_.push_back(nullptr);
       continue;
     }
     const RowRange range{0, numOrdinals(ordinals_[r])};
+    if (numRowsAt_[r] != range.count) {
+      throw PeerFailure(
+          cat("rank ", r, " sends ", numRowsAt_[r], " rows; this rank expects ", range.count));
+    }
     rowsFrom_.push_back(
         peerRows(context_, static_cast<int>(r), rowsAt_[r], range, stagedBytes_, alignof(float)));
     sealsFrom_.push_back(context_.integrity ? reinterpret_cast<const RowSeal*>(peerRows(
@@ -356,7 +366,7 @@ void CombineReceive::addRowsOfExperts(std::int64_t token, Summands& summands) co
     const std::int32_t expert = state_.topkIdx[first + k];
     if (expert < 0) continue;
     const auto owner = static_cast<std::size_t>(state_.placement->owner(expert));
-    if (context_.masked(owner)) continue;
+    if (!sends(owner)) continue;
     addRow(owner, token, ordinals_[owner][first + k], summands);
     summands.weights.push_back(ownWeights()[first + k]);
   }
@@ -365,7 +375,7 @@ void CombineReceive::addRowsOfExperts(std::int64_t token, Summands& summands) co
 void CombineReceive::addSumsOfRanks(std::int64_t token, Summands& summands) const {
   const std::size_t first = static_cast<std::size_t>(token) * topk_;
   for (std::size_t r = 0; r < numRanks(); ++r) {
-    if (context_.masked(r)) continue;
+    if (!sends(r)) continue;
     const std::int32_t* ordinals = ordinals_[r].data() + first;
     const std::int32_t* found =
         std::find_if(ordinals, ordinals + topk_, [](std::int32_t o) { return o >= 0; });

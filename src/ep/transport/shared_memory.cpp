@@ -123,8 +123,12 @@ void SharedMemory::announce(std::uint32_t id, std::size_t bytes, int fd) {
   for (int peer = 0; peer < size(); ++peer) {
     if (peer == rank_ || isThread(peer)) continue;
     const auto sent = [&] {
-      return masked(peer) || sendMessage(at(peer).link.socket.get(),
-                                         std::as_bytes(std::span(&announcement, 1)), fd);
+      if (sendMessage(at(peer).link.socket.get(), std::as_bytes(std::span(&announcement, 1)), fd)) {
+        return true;
+      }
+      // A masked one is not waited for, but may be taken in again only if it knows all.
+      at(peer).missed = at(peer).missed || masked(peer);
+      return masked(peer);
     };
     if (sent()) continue;
     wait(sent, [peer] { return Awaited{{peer}, "room for a message"}; });
@@ -286,8 +290,15 @@ void SharedMemory::requireNobodyGaveUp() {
   }
 }
 
+/// Two ranks that mask each other and take each other in again do so at different times. One that
+/// is behind this rank in that will follow; it is one ahead that has masked it anew.
+bool SharedMemory::maskedBy(int peer) const {
+  const std::uint64_t turns = word(rank_, map_.mask(peer)).load();
+  return turns % 2 == 1 && turns > at(peer).turns;
+}
+
 void SharedMemory::throwIfMaskedBy(int peer, const Awaited& missing) const {
-  if (word(rank_, map_.mask(peer)).load() == 0) return;
+  if (!maskedBy(peer)) return;
   throw PeerFailure(
       cat(describe(), ": rank ", peer,
           " has masked this rank, and goes on without it, while this rank waited for ", missing));
@@ -299,9 +310,16 @@ void SharedMemory::setMask(int peer, bool masked) {
     if (departed(peer) || word(rank_, map_.abortWord(peer)).load() != 0) {
       throw PeerFailure(cat("rank ", peer, " is gone, and cannot be taken in again"));
     }
+    if (at(peer).missed) {
+      throw PeerFailure(cat("rank ", peer,
+                            " took no messages while it was masked, and cannot be taken in again"));
+    }
   }
+  if (at(peer).masked == masked) return;
   at(peer).masked = masked;
-  word(peer, map_.mask(rank_)).store(masked ? 1 : 0);
+  std::uint64_t& turns = at(peer).turns;
+  turns = masked && maskedBy(peer) ? word(rank_, map_.mask(peer)).load() : turns + 1;
+  word(peer, map_.mask(rank_)).store(turns);
   ring(peer);
 }
 
@@ -313,8 +331,7 @@ bool SharedMemory::maskFailed(const Awaited& missing, bool late) {
     if (peer == rank_ || masked(peer)) continue;
     const bool awaited =
         std::find(missing.ranks.begin(), missing.ranks.end(), peer) != missing.ranks.end();
-    const bool gaveUp =
-        word(rank_, map_.abortWord(peer)).load() != 0 || word(rank_, map_.mask(peer)).load() != 0;
+    const bool gaveUp = word(rank_, map_.abortWord(peer)).load() != 0 || maskedBy(peer);
     if (gaveUp || (awaited && (late || departed(peer)))) {
       setMask(peer, true);
       any = true;
@@ -365,6 +382,8 @@ void SharedMemory::waitAsleep(const std::function<bool()>& ready,
     // What a peer did before it failed counts: it is looked for once more.
     if (ready()) return;
     handleFailures(missing());
+    // Nothing is left to wait for if those that were waited for have just been masked.
+    if (ready()) return;
     if (now - start >= timeout_) {
       handleTimeout(missing());
       start = now;

@@ -55,8 +55,10 @@ class SharedMemory final : public Transport {
     PeerLink link;
     std::shared_ptr<Segment> control;
     std::map<std::uint32_t, std::shared_ptr<Segment>> segments;
-    bool gone = false;    ///< its process has ended
-    bool masked = false;  ///< this rank goes on without it
+    bool gone = false;        ///< its process has ended
+    bool masked = false;      ///< this rank goes on without it
+    bool missed = false;      ///< it was not told of some memory while it was masked
+    std::uint64_t turns = 0;  ///< how often it was masked and taken in again: odd while masked
   };
 
   const Peer& at(int peer) const { return peers_[static_cast<std::size_t>(peer)]; }
@@ -76,6 +78,7 @@ class SharedMemory final : public Transport {
   void lookAtPeers();
   bool closed(int peer) const;
   bool departed(int peer) const { return at(peer).gone || closed(peer); }
+  bool maskedBy(int peer) const;
   void throwIfGaveUp(int peer, const Awaited& missing) const;
   void throwIfMaskedBy(int peer, const Awaited& missing) const;
   void throwIfElsewhere(int peer) const;

@@ -120,7 +120,10 @@ Arrival receiveMessage(int socket, std::span<std::byte> buffer, ReceivedMessage&
   header.msg_control = space;
   header.msg_controllen = sizeof(space);
   // MSG_TRUNC: of a longer message its whole length, so that it is not taken for one that fits.
-  const ssize_t bytes = ::recvmsg(socket, &header, MSG_DONTWAIT | MSG_CMSG_CLOEXEC | MSG_TRUNC);
+  constexpr int kFlags = MSG_DONTWAIT | MSG_CMSG_CLOEXEC | MSG_TRUNC;
+  ssize_t bytes = ::recvmsg(socket, &header, kFlags);
+  // Told once, when the other end went with messages unread. What it sent before comes after that.
+  if (bytes < 0 && errno == ECONNRESET) bytes = ::recvmsg(socket, &header, kFlags);
   if (bytes < 0) return wouldBlock(errno) ? Arrival::nothing : Arrival::closed;
   if (bytes == 0) return Arrival::closed;
   received.bytes = static_cast<std::size_t>(bytes);
