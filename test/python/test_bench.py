@@ -32,6 +32,7 @@ WAYS = {
 }
 VARIANTS = {
     *(("combine", "ordinary input"), ("dispatch", "no block free")),
+    *(("dispatch", "integrity check"), ("combine", "integrity check")),
     *(("dispatch", "cold"), ("combine", "cold"), ("layout", None)),
 }
 

@@ -19,6 +19,8 @@ from mscclpp_ep.bench.ops import (
     LAYOUT,
     NO_BLOCK,
     OURS,
+    SEALED_COMBINE,
+    SEALED_DISPATCH,
 )
 from mscclpp_ep.bench.settings import BFLOAT16
 
@@ -109,21 +111,24 @@ class HighThroughput:
         row_bytes = settings.row_bytes + settings.topk * (8 + 4) + 4
         room = settings.ranks * settings.tokens * row_bytes + (1 << 16)
         self._full = self._make(room)
+        self._sealed = self._make(0, integrity_check=True)
         self._held: list[Any] = []
         _fill(self._full, self._held, room)
 
-    def _make(self, max_arena_bytes: int) -> ep.Buffer:
+    def _make(self, max_arena_bytes: int, *, integrity_check: bool = False) -> ep.Buffer:
         return ep.Buffer(
             self._group,
             timeout=_TIMEOUT_S,
             max_arena_bytes=max_arena_bytes,
             num_threads=self._threads,
+            integrity_check=integrity_check,
         )
 
     def destroy(self) -> None:
         """Leaves the group; collective."""
         self._buffer.destroy()
         self._full.destroy()
+        self._sealed.destroy()
 
     def measure(self, case: Case, iterations: int, thorough: bool) -> None:
         """Times a layer, and checks its results.
@@ -133,16 +138,19 @@ class HighThroughput:
         turn = _Turn(self._clock, case, iterations)
         turn.count_tokens(self._buffer)
         handle = turn.dispatch(DISPATCH, self._buffer)
-        output = self._buffer.empty(turn.output.shape, BFLOAT16)
-        output[:] = turn.output
-        turn.combine(COMBINE, self._buffer, output, handle)
+        turn.combine(COMBINE, self._buffer, _in_arena(self._buffer, turn.output), handle)
         if not thorough:
             return
         turn.combine(COMBINE_ORDINARY, self._buffer, turn.output, handle)
         if case.settings.chain:
             turn.chain(self._buffer)
         self._measure_no_block(turn)
+        self._measure_sealed(turn)
         self._measure_cold(turn)
+
+    def _measure_sealed(self, turn: _Turn) -> None:
+        handle = turn.dispatch(SEALED_DISPATCH, self._sealed)
+        turn.combine(SEALED_COMBINE, self._sealed, _in_arena(self._sealed, turn.output), handle)
 
     def _measure_no_block(self, turn: _Turn) -> None:
         # The first call makes the landing block and the ordinary memory that results are copied
@@ -160,6 +168,12 @@ class HighThroughput:
         handle = turn.dispatch(COLD_DISPATCH, fresh)
         turn.combine(COLD_COMBINE, fresh, turn.output, handle)
         fresh.destroy()
+
+
+def _in_arena(buffer: ep.Buffer, rows: Any) -> Any:
+    copy = buffer.empty(rows.shape, BFLOAT16)
+    copy[:] = rows
+    return copy
 
 
 def _fill(buffer: ep.Buffer, held: list[Any], size: int) -> None:

@@ -14,6 +14,8 @@ CHAINED = "chained"
 # Of the HT mode. Plain are: results in the arena, and experts' output in memory of `Buffer.empty`.
 COMBINE_ORDINARY = "combine, ordinary input"
 NO_BLOCK = "dispatch, no block free"
+SEALED_DISPATCH = "dispatch, integrity check"
+SEALED_COMBINE = "combine, integrity check"
 COLD_DISPATCH = "dispatch, cold"
 COLD_COMBINE = "combine, cold"
 
