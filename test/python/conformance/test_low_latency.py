@@ -150,3 +150,10 @@ def test_epoch_wraps(ranks, first, seed):
 @few
 def test_async_finish(ranks, seed):
     ranks.check(low_latency.async_events, seed)
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("hidden", [1, 130, 512, 2048])
+def test_rows_of_ten_bits_an_element(ranks, hidden, exact, seed):
+    ranks.check(low_latency.logfmt, hidden, exact, seed)

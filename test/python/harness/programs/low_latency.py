@@ -421,3 +421,30 @@ def exact_and_default_differ(context, seed: int) -> None:
         world.combined(0, exact=False).view(np.uint16),
     )
     one_handle_many_combines(context, case, seed)
+
+
+def logfmt(context, hidden: int, exact: bool, seed: int) -> None:
+    """Rows of ten bits an element: sums as close as half a step of the widest range allows."""
+    case = Case(tokens=(9, 14), hidden=hidden, experts=8, topk=3, exact=exact)
+    world = world_of(case, seed, context.size)
+    buffer, array, host = context.standing(), context.backend.array, context.backend.host
+    handle = ll.dispatch(context, buffer, world).handle
+    rng = np.random.default_rng([seed, context.rank])
+    shape = world.rows(0)[context.rank].shape
+    # Below 1 in sums as well, and over some octaves, so that rows are encoded.
+    rows = np.exp2(rng.uniform(-12, -4, shape)) * rng.choice([-1, 1], shape)
+    rows = rows.astype(cases.dtype_of("bfloat16"))
+
+    def combined(x: np.ndarray, weights: np.ndarray, **extra) -> np.ndarray:
+        changes = {"x": array(x), "topk_weights": array(weights)} | extra
+        return host(ll.combine(context, buffer, world, handle, **changes)[0]).astype(np.float64)
+
+    weights = world.topk_weights[context.rank]
+    plain = combined(rows, weights)
+    coded = combined(rows, weights, use_logfmt=True)
+    # What every term can be off by: half a step of 32 octaves in 510, and two roundings.
+    bound = combined(abs(rows), abs(weights)) * (2 ** (32 / 510 / 2) - 1 + 2**-7) + 1e-30
+    assert (abs(coded - plain) <= bound).all(), (abs(coded - plain) / bound).max()
+    assert hidden < 16 or not np.array_equal(coded, plain), "nothing was encoded"
+    repeated = combined(rows, weights, use_logfmt=True)
+    steps.same_bits(repeated, coded, "the same sums again")
