@@ -134,9 +134,10 @@ class Buffer(LowLatencyMethods):
         self.enable_shrink = enable_shrink
         bootstrap: GroupLike = as_group(self.group)
 
-        def convert() -> dict[str, Any]:
+        def convert() -> _core.BufferOptions:
             ranks = [] if expert_map is None else list(expert_map)
-            return {
+            options = _core.BufferOptions()
+            values = {
                 "device": device_name(device),
                 "arena_bytes": integer("num_nvl_bytes", num_nvl_bytes),
                 "max_arena_bytes": integer("max_arena_bytes", max_arena_bytes),
@@ -149,14 +150,17 @@ class Buffer(LowLatencyMethods):
                 "enable_shrink": bool(enable_shrink),
                 "trace": file_name("trace", trace),
             }
+            for name, value in values.items():
+                setattr(options, name, value)
+            return options
 
         try:
             options = convert()
-        except _core.Error as error:
+        except Exception as error:
             # The other ranks are connecting, or will: they must not wait for this one.
             _core.Buffer.decline(bootstrap, str(error))
             raise
-        self._core = _core.Buffer(bootstrap, **options)
+        self._core = _core.Buffer(bootstrap, options)
         self.rank: int = self._core.rank
         self.group_size: int = self._core.size
 

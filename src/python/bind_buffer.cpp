@@ -22,22 +22,8 @@ void pollSignals() {
 TensorView viewOf(const View* view) { return view == nullptr ? TensorView{} : view->view; }
 TensorView viewOf(const Tensor* tensor) { return tensor == nullptr ? TensorView{} : tensor->view; }
 
-void construct(Buffer* self, nb::handle group, const std::string& device, std::int64_t arenaBytes,
-               std::int64_t maxArenaBytes, double timeout, int numThreads, int ranksPerDomain,
-               std::vector<std::int32_t> expertMap, bool integrityCheck, std::uint64_t firstEpoch,
-               bool enableShrink, const std::string& trace) {
-  BufferOptions options;
-  options.device.type = device == "cpu" ? DeviceType::cpu : DeviceType::cuda;
-  options.arenaBytes = arenaBytes;
-  options.maxArenaBytes = maxArenaBytes;
-  options.timeout = std::chrono::duration<double>(timeout);
-  options.numThreads = numThreads;
-  options.ranksPerDomain = ranksPerDomain;
-  options.expertMap = std::move(expertMap);
-  options.integrityCheck = integrityCheck;
-  options.firstEpoch = firstEpoch;
-  options.enableShrink = enableShrink;
-  options.trace = trace;
+void construct(Buffer* self, nb::handle group, const BufferOptions& given) {
+  BufferOptions options = given;
   options.pollInterrupt = pollSignals;
   PythonBootstrap bootstrap(group);
   const nb::gil_scoped_release release;
@@ -100,6 +86,30 @@ Tensor empty(Buffer& buffer, const std::vector<std::int64_t>& shape, DataType dt
   return arena ? buffer.empty(shape, dtype) : buffer.emptyLocal(shape, dtype);
 }
 
+void bindOptions(nb::module_& m) {
+  nb::class_<BufferOptions>(m, "BufferOptions", "How a buffer is made.")
+      .def(nb::init<>())
+      .def_prop_rw(
+          "device", [](const BufferOptions& self) { return toString(self.device); },
+          [](BufferOptions& self, const std::string& device) {
+            self.device.type = device == "cpu" ? DeviceType::cpu : DeviceType::cuda;
+          })
+      .def_prop_rw(
+          "timeout", [](const BufferOptions& self) { return self.timeout.count(); },
+          [](BufferOptions& self, double seconds) {
+            self.timeout = std::chrono::duration<double>(seconds);
+          })
+      .def_rw("arena_bytes", &BufferOptions::arenaBytes)
+      .def_rw("max_arena_bytes", &BufferOptions::maxArenaBytes)
+      .def_rw("num_threads", &BufferOptions::numThreads)
+      .def_rw("ranks_per_domain", &BufferOptions::ranksPerDomain)
+      .def_rw("expert_map", &BufferOptions::expertMap)
+      .def_rw("integrity_check", &BufferOptions::integrityCheck)
+      .def_rw("first_epoch", &BufferOptions::firstEpoch)
+      .def_rw("enable_shrink", &BufferOptions::enableShrink)
+      .def_rw("trace", &BufferOptions::trace);
+}
+
 void bindStats(nb::module_& m) {
   nb::class_<BufferStats>(m, "BufferStats", "Where the memory of a buffer is, and what moved.")
       .def_ro("arena_bytes", &BufferStats::arenaBytes)
@@ -144,6 +154,7 @@ void bindOperations(nb::class_<Buffer>& buffer) {
 }  // namespace
 
 void bindBuffer(nb::module_& m) {
+  bindOptions(m);
   bindStats(m);
   nb::enum_<Operation>(m, "Operation", "The collective operations.")
       .value("dispatch", Operation::dispatch)
@@ -152,11 +163,7 @@ void bindBuffer(nb::module_& m) {
       .value("low_latency_dispatch", Operation::lowLatencyDispatch)
       .value("low_latency_combine", Operation::lowLatencyCombine);
   nb::class_<Buffer> buffer(m, "Buffer", "The C++ Buffer; mscclpp_ep.Buffer is the public one.");
-  buffer
-      .def("__init__", &construct, nb::arg("group"), nb::arg("device"), nb::arg("arena_bytes"),
-           nb::arg("max_arena_bytes"), nb::arg("timeout"), nb::arg("num_threads"),
-           nb::arg("ranks_per_domain"), nb::arg("expert_map"), nb::arg("integrity_check"),
-           nb::arg("first_epoch"), nb::arg("enable_shrink"), nb::arg("trace"))
+  buffer.def("__init__", &construct, nb::arg("group"), nb::arg("options"))
       .def_static(
           "decline",
           [](nb::handle group, const std::string& why) {

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <exception>
 #include <optional>
@@ -56,8 +57,8 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
                  Lane::highThroughput,
                  options.enableShrink,
                  options.integrityCheck},
-        lanes_{{context_, Lane::lowLatency0, options.firstEpoch},
-               {context_, Lane::lowLatency1, options.firstEpoch}},
+        lanes_{{{context_, Lane::lowLatency0, options.firstEpoch},
+                {context_, Lane::lowLatency1, options.firstEpoch}}},
         nextEpoch_(options.firstEpoch),
         nextLowLatencyEpoch_(options.firstEpoch) {}
 
@@ -134,7 +135,7 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
   std::unique_ptr<Trace> trace_;
   BufferStats stats_;
   Context context_;
-  LowLatencyLane lanes_[2];
+  std::array<LowLatencyLane, 2> lanes_;
   std::uint64_t nextEpoch_;
   std::uint64_t nextLowLatencyEpoch_;
   const pid_t process_ = ::getpid();

@@ -89,8 +89,8 @@ class RowReducer {
   void finish();
 
   std::vector<bool> masks() const {
-    std::vector<bool> masked;
-    for (std::size_t r = 0; r < sources_.size(); ++r) masked.push_back(context_.masked(r));
+    std::vector<bool> masked(sources_.size());
+    for (std::size_t r = 0; r < masked.size(); ++r) masked[r] = context_.masked(r);
     return masked;
   }
   std::int64_t rowsKeptFrom(std::size_t rank) const {
