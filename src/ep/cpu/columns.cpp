@@ -19,6 +19,17 @@ SourceColumn describe(const TensorView& tensor) {
 
 }  // namespace
 
+SumType sumType(DataType dtype) {
+  switch (dtype) {
+    case DataType::bfloat16:
+      return SumType::bfloat16;
+    case DataType::float16:
+      return SumType::float16;
+    default:
+      return SumType::float32;
+  }
+}
+
 RowWriter::RowWriter(const DispatchRequest& request, const Context& context)
     : context_(context),
       kernels_(context.kernels),

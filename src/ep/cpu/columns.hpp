@@ -16,6 +16,9 @@ namespace mscclpp_ep::cpu {
 /// core, much later.
 inline constexpr std::size_t kStreamedRowBytes = 1024;
 
+/// How rows of a dtype that can be combined are summed.
+SumType sumType(DataType dtype);
+
 /// One array of a dispatch: what its rows are made from, here, and how long they are.
 struct SourceColumn {
   const std::byte* data = nullptr;

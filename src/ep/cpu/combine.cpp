@@ -15,17 +15,6 @@ namespace {
 constexpr std::size_t kStagingStepBytes = std::size_t{256} << 10;
 constexpr std::int64_t kTokensPerPart = 16;
 
-SumType sumType(DataType dtype) {
-  switch (dtype) {
-    case DataType::bfloat16:
-      return SumType::bfloat16;
-    case DataType::float16:
-      return SumType::float16;
-    default:
-      return SumType::float32;
-  }
-}
-
 /// One combine, on one rank: at once the owner of rows that others read, and a reader.
 class RowReducer {
  public:

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "core/logfmt.hpp"
+#include "cpu/columns.hpp"
 #include "cpu/integrity.hpp"
 #include "cpu/low_latency.hpp"
 #include "cpu/rounds.hpp"
@@ -12,17 +13,6 @@ namespace mscclpp_ep::cpu {
 namespace {
 
 constexpr std::int64_t kTokensPerPart = 8;
-
-SumType sumType(DataType dtype) {
-  switch (dtype) {
-    case DataType::bfloat16:
-      return SumType::bfloat16;
-    case DataType::float16:
-      return SumType::float16;
-    default:
-      return SumType::float32;
-  }
-}
 
 /// How many rows the choices of a rank's tokens make: one more than the highest ordinal.
 std::int64_t numOrdinals(const std::vector<std::int32_t>& ordinals) {
