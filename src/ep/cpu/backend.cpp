@@ -92,6 +92,8 @@ class CpuBackend final : public Backend, public std::enable_shared_from_this<Cpu
     EP_EXPECTS(masked || !(lanes_[0].busy || lanes_[1].busy),
                "a rank is taken in between operations; call the hooks first");
     transport_->setMask(rank, masked);
+    if (masked) return;
+    for (LowLatencyLane& lane : lanes_) lane.forgetReader(rank);
   }
   void freeze() override {
     requireUsable();

@@ -59,7 +59,9 @@ struct Context {
 
   /// Raises a progress word at `peer`: `rows` so far in this operation. The word carries one more,
   /// so that one never written, which is 0, is no word of an operation whose tag is 0.
+  /// A masked peer may still wait for the word of an operation before: that one stays.
   void raise(Progress which, int peer, std::int64_t rows) const {
+    if (masked(peer)) return;
     word(peer, which, rank()).store(packSignal(static_cast<std::uint32_t>(rows + 1), epoch));
     transport.ring(peer);
   }

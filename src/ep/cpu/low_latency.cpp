@@ -14,14 +14,21 @@ void Staging::reserve(std::size_t bytes) {
   block_ = std::move(larger);
 }
 
+void LowLatencyLane::noteReaders() {
+  for (int peer = 0; peer < context.size(); ++peer) {
+    if (peer == context.rank() || context.masked(peer)) continue;
+    told[static_cast<std::size_t>(peer)] = context.epoch;
+  }
+}
+
 void LowLatencyLane::awaitReaders() {
-  if (stagedEpoch == 0) return;
   const TraceScope scope(context.trace, "await readers");
   const auto late = [&] {
     Awaited readers{{}, "the reading of what was sent before"};
     for (int peer = 0; peer < context.size(); ++peer) {
-      if (peer == context.rank() || context.masked(peer)) continue;
-      if (!context.hasRaisedSince(kRowsRead, peer, stagedEpoch)) readers.ranks.push_back(peer);
+      const std::uint64_t epoch = told[static_cast<std::size_t>(peer)];
+      if (epoch == 0 || context.masked(peer)) continue;
+      if (!context.hasRaisedSince(kRowsRead, peer, epoch)) readers.ranks.push_back(peer);
     }
     return readers;
   };

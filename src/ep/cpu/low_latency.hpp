@@ -52,20 +52,25 @@ struct LowLatencyLane {
   LowLatencyLane(const Context& parts, Lane which, std::uint64_t firstSequence)
       : mailbox(parts.transport, which, firstSequence),
         staging(parts.transport),
-        context(parts.onLane(mailbox, which)) {}
+        context(parts.onLane(mailbox, which)),
+        told(static_cast<std::size_t>(parts.size())) {}
   LowLatencyLane(const LowLatencyLane&) = delete;
   LowLatencyLane& operator=(const LowLatencyLane&) = delete;
 
+  /// Notes that the peers are told of what is staged now.
+  void noteReaders();
   /// Waits until no peer reads what was staged last.
   void awaitReaders();
+  /// A peer that is taken in again reads nothing of what was staged before.
+  void forgetReader(int peer) { told[static_cast<std::size_t>(peer)] = 0; }
   /// Tells the peers that this rank reads nothing of the operation any more.
   void raiseRead();
 
   Mailbox mailbox;
   Staging staging;
   Context context;
-  std::uint64_t stagedEpoch = 0;  ///< of the last operation in which peers read; 0: none
-  bool busy = false;              ///< an operation is sent and not received
+  std::vector<std::uint64_t> told;  ///< [R] epoch of the last staging that each can read; 0: none
+  bool busy = false;                ///< an operation is sent and not received
 };
 
 /// What a lane's operation does once it is sent.

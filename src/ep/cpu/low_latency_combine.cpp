@@ -116,7 +116,6 @@ class CombineReceive final : public LowLatencyReceive {
 void CombineReceive::send() {
   reserve();
   post();
-  lane.stagedEpoch = epoch;
   if (weightsTravel()) bindWeights(collect());
   stageRows();
 }
@@ -165,6 +164,7 @@ void CombineReceive::post() {
     entry.rowSeals = lane.staging.address(rowSealsOffset_[r]);
     outgoing.push_back(encode(entry));
   }
+  lane.noteReaders();
   context_.mailbox.post(epoch, static_cast<std::uint32_t>(Round::entry), outgoing,
                         "room for a message");
 }

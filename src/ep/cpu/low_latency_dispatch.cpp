@@ -113,9 +113,9 @@ void DispatchReceive::send() {
   stageTokens();
   beginHandle();
   const std::vector<Message> outgoing(static_cast<std::size_t>(context_.size()), encode(entry));
+  lane.noteReaders();
   context_.mailbox.post(epoch, static_cast<std::uint32_t>(Round::entry), outgoing,
                         "room for a message");
-  lane.stagedEpoch = epoch;
 }
 
 /// Finds room for what is sent.
