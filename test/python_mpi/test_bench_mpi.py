@@ -89,8 +89,8 @@ def _ranks_of_mpi() -> set[str]:
     return found
 
 
-# A shell that runs pytest in the background makes it ignore Ctrl-C, and every process that it starts
-# inherits that.
+# A shell that runs pytest in the background makes it ignore Ctrl-C, and every process that it
+# starts inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
