@@ -57,9 +57,9 @@ class CombineReceive final : public LowLatencyReceive {
   void reserve();
   void sealWeights() const;
   void post();
-  const std::vector<Message>& collect();
-  void bindWeights(const std::vector<Message>& entries);
-  void verifyWeights(std::size_t rank, const LowLatencyCombineEntry& entry) const;
+  void collect();
+  void bindWeights();
+  void verifyWeights(std::size_t rank) const;
   void stageRows();
   void stageToken(std::size_t source, std::int64_t token) const;
   void stagePartialSum(const std::int32_t* slots, const float* weights, std::byte* out) const;
@@ -105,18 +105,18 @@ class CombineReceive final : public LowLatencyReceive {
 
   // As the receiver, by the rank of the experts.
   std::vector<std::vector<std::int32_t>> ordinals_;  ///< [T, K]
-  std::vector<ArrayAddress> rowsAt_;
-  std::vector<ArrayAddress> sealsAt_;
-  std::vector<std::int64_t> numRowsAt_;
+  std::vector<LowLatencyCombineEntry> entries_;      ///< empty until they are collected
   std::vector<const std::byte*> rowsFrom_;
   std::vector<const RowSeal*> sealsFrom_;  ///< in the integrity mode; null: this rank's own
-  bool collected_ = false;
 };
 
 void CombineReceive::send() {
   reserve();
   post();
-  if (weightsTravel()) bindWeights(collect());
+  if (weightsTravel()) {
+    collect();
+    bindWeights();
+  }
   stageRows();
 }
 
@@ -169,45 +169,39 @@ void CombineReceive::post() {
                         "room for a message");
 }
 
-const std::vector<Message>& CombineReceive::collect() {
+void CombineReceive::collect() {
   const TraceScope scope(context_.trace, "await entries");
   const auto& entries = context_.mailbox.collect(epoch, static_cast<std::uint32_t>(Round::entry),
                                                  "the entry into the operation");
   requireEntries(context_, entries);
   for (const Message& entry : entries) {
     // A masked rank has none.
-    const auto from =
-        entry.empty() ? LowLatencyCombineEntry{} : decode<LowLatencyCombineEntry>(entry);
-    rowsAt_.push_back(from.rows);
-    sealsAt_.push_back(from.rowSeals);
-    numRowsAt_.push_back(from.numRows);
+    entries_.push_back(entry.empty() ? LowLatencyCombineEntry{}
+                                     : decode<LowLatencyCombineEntry>(entry));
   }
-  collected_ = true;
-  return entries;
 }
 
-void CombineReceive::bindWeights(const std::vector<Message>& entries) {
+void CombineReceive::bindWeights() {
   for (std::size_t r = 0; r < numRanks(); ++r) {
     if (r == self()) {
       weightsOf_[r] = ownWeights();
       continue;
     }
     weightsOf_[r] = nullptr;
-    if (entries[r].empty()) continue;
-    const auto entry = decode<LowLatencyCombineEntry>(entries[r]);
+    if (context_.masked(r)) continue;
     weightsOf_[r] = reinterpret_cast<const float*>(
-        peerRows(context_, static_cast<int>(r), entry.weights, {0, state_.sources[r].numTokens},
-                 topk_ * sizeof(float), sizeof(float)));
-    if (context_.integrity) verifyWeights(r, entry);
+        peerRows(context_, static_cast<int>(r), entries_[r].weights,
+                 {0, state_.sources[r].numTokens}, topk_ * sizeof(float), sizeof(float)));
+    if (context_.integrity) verifyWeights(r);
   }
   verifier_.throwIfDamaged();
 }
 
-void CombineReceive::verifyWeights(std::size_t rank, const LowLatencyCombineEntry& entry) const {
+void CombineReceive::verifyWeights(std::size_t rank) const {
   const std::int64_t tokens = state_.sources[rank].numTokens;
-  const auto* seals =
-      reinterpret_cast<const RowSeal*>(peerRows(context_, static_cast<int>(rank), entry.weightSeals,
-                                                {0, tokens}, sizeof(RowSeal), alignof(RowSeal)));
+  const auto* seals = reinterpret_cast<const RowSeal*>(
+      peerRows(context_, static_cast<int>(rank), entries_[rank].weightSeals, {0, tokens},
+               sizeof(RowSeal), alignof(RowSeal)));
   for (std::int64_t token = 0; token < tokens; ++token) {
     const float* weights = weightsOf_[rank] + static_cast<std::size_t>(token) * topk_;
     verifier_.check(static_cast<int>(rank), token, checksum(weights, topk_ * sizeof(float)),
@@ -224,21 +218,22 @@ void CombineReceive::bindRows() {
       sealsFrom_.push_back(nullptr);
       continue;
     }
-    if (context_.masked(r) || numRowsAt_[r] == 0) {
+    const LowLatencyCombineEntry& entry = entries_[r];
+    if (context_.masked(r) || entry.numRows == 0) {
       rowsFrom_.push_back(nullptr);
       sealsFrom_.push_back(nullptr);
       continue;
     }
     const RowRange range{0, numOrdinals(ordinals_[r])};
-    if (numRowsAt_[r] != range.count) {
+    if (entry.numRows != range.count) {
       throw PeerFailure(
-          cat("rank ", r, " sends ", numRowsAt_[r], " rows; this rank expects ", range.count));
+          cat("rank ", r, " sends ", entry.numRows, " rows; this rank expects ", range.count));
     }
     rowsFrom_.push_back(
-        peerRows(context_, static_cast<int>(r), rowsAt_[r], range, stagedBytes_, alignof(float)));
+        peerRows(context_, static_cast<int>(r), entry.rows, range, stagedBytes_, alignof(float)));
     sealsFrom_.push_back(context_.integrity ? reinterpret_cast<const RowSeal*>(peerRows(
-                                                  context_, static_cast<int>(r), sealsAt_[r], range,
-                                                  sizeof(RowSeal), alignof(RowSeal)))
+                                                  context_, static_cast<int>(r), entry.rowSeals,
+                                                  range, sizeof(RowSeal), alignof(RowSeal)))
                                             : nullptr);
   }
 }
@@ -303,7 +298,7 @@ void CombineReceive::stagePartialSum(const std::int32_t* slots, const float* wei
 }
 
 void CombineReceive::receive() {
-  if (!collected_) collect();
+  if (entries_.empty()) collect();
   bindRows();
   awaitRows();
   const TraceScope scope(context_.trace, "reduce");
