@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from mscclpp_ep import _frameworks
+from mscclpp_ep import _core, _frameworks
 from mscclpp_ep._core import Config, InvalidArgument, NotBuilt, Quantization
 from mscclpp_ep.handle import DispatchHandle, LowLatencyHandle
 
@@ -173,7 +173,7 @@ def scratch_array(dtype: Any, size: Sequence[int] | None, offset: int, num_bytes
     if not 0 <= left <= num_bytes:
         msg = f"offset is {offset}; it must be from 0 to the size of the buffer, {num_bytes} bytes"
         raise InvalidArgument(msg)
-    itemsize = _frameworks.itemsize(kind)
+    itemsize = _core.item_size(kind)
     shape = [left // itemsize] if size is None else [integer("size", extent) for extent in size]
     wanted = math.prod(shape) * itemsize
     if min(shape, default=0) < 0 or wanted > left:

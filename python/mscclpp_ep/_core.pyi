@@ -154,6 +154,9 @@ class DispatchHandle:
     @property
     def is_token_in_rank(self) -> Tensor: ...
 
+def item_size(dtype: DataType) -> int:
+    """Bytes of one element."""
+
 class Config:
     """Tuned numbers of DeepEP's kernels; here they only size hints."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import Any, TypeAlias
 
@@ -240,12 +239,6 @@ def resolve_dtype(dtype: Any) -> tuple[Framework, _core.DataType]:
         msg = f"dtype is {name}; it must be one of: {', '.join(_DTYPES)}"
         raise _core.InvalidArgument(msg)
     return framework, _DTYPES[name]
-
-
-def itemsize(dtype: _core.DataType) -> int:
-    """The bytes of an element."""
-    bits = re.search(r"\d+", dtype.name)
-    return int(bits[0]) // 8 if bits else 1
 
 
 def small_array(framework: Framework, values: np.ndarray) -> Array:

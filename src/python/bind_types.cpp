@@ -77,6 +77,7 @@ void bindHandle(nb::module_& m) {
 }
 
 void bindSizes(nb::module_& m) {
+  m.def("item_size", &itemSize, nb::arg("dtype"), "Bytes of one element.");
   nb::class_<Config>(m, "Config", "Tuned numbers of DeepEP's kernels; here they only size hints.")
       .def(
           "__init__",
