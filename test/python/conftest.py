@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import secrets
-import signal
 import sys
 from pathlib import Path
 
@@ -30,9 +29,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    # A shell that runs pytest in the background makes it ignore Ctrl-C, and every process that it
-    # starts inherits that; some tests interrupt those.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "ranks(*sizes, modes=...): pools that a test runs on")
 
 

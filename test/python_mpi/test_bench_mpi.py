@@ -89,11 +89,6 @@ def _ranks_of_mpi() -> set[str]:
     return found
 
 
-# A shell that runs pytest in the background makes it ignore Ctrl-C, and every process that it
-# starts inherits that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_ranks_of_mpi_do_not_outlive_the_command(number: signal.Signals) -> None:
     before = _ranks_of_mpi()

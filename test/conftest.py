@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: MIT
+"""What the tests of every folder need."""
+
+import signal
+
+
+def pytest_configure():
+    # A shell that runs pytest in the background makes it ignore Ctrl-C, and every process that it
+    # starts inherits that; some tests interrupt those.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
