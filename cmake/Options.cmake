@@ -27,7 +27,8 @@ function(mscclpp_ep_unavailable_option name part)
   endif()
 endfunction()
 
-mscclpp_ep_unavailable_option(MSCCLPP_EP_CUDA "CUDA backend")
+set(MSCCLPP_EP_CUDA AUTO CACHE STRING "CUDA backend: AUTO (where nvcc is found), ON or OFF")
+set_property(CACHE MSCCLPP_EP_CUDA PROPERTY STRINGS AUTO ON OFF)
 mscclpp_ep_unavailable_option(MSCCLPP_EP_MSCCLPP "MSCCL++ engine")
 mscclpp_ep_unavailable_option(MSCCLPP_EP_UCX "UCX engine")
 
@@ -56,10 +57,4 @@ endif()
 get_property(mscclpp_ep_multi_config GLOBAL PROPERTY GENERATOR_IS_MULTI_CONFIG)
 if(PROJECT_IS_TOP_LEVEL AND NOT mscclpp_ep_multi_config AND NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "Debug, Release, RelWithDebInfo or MinSizeRel" FORCE)
-endif()
-
-if(MSCCLPP_BUILD_EXT_EP)
-  message(STATUS "mscclpp_ep ${PROJECT_VERSION}: cpu yes, cuda no, mscclpp no, ucx no; "
-                 "python ${MSCCLPP_EP_BUILD_PYTHON}, tests ${MSCCLPP_EP_BUILD_TESTS}, "
-                 "examples ${MSCCLPP_EP_BUILD_EXAMPLES}, sanitize '${MSCCLPP_EP_SANITIZE}'")
 endif()

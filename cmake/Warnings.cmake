@@ -4,11 +4,7 @@
 add_library(mscclpp_ep_warnings INTERFACE)
 target_compile_options(
   mscclpp_ep_warnings
-  INTERFACE -Wall
-            -Wextra
-            -Wpedantic
-            -Wshadow
-            -Wnon-virtual-dtor
-            -Woverloaded-virtual
-            -Wextra-semi
-            -Wundef)
+  INTERFACE # nvcc's own code of a kernel's launch is not pedantic.
+            $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>
+            $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wpedantic;-Wshadow;-Wnon-virtual-dtor>
+            $<$<COMPILE_LANGUAGE:CXX>:-Woverloaded-virtual;-Wextra-semi;-Wundef>)

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: MIT
 """What the tests of every folder need."""
 
+import os
 import signal
+
+# A buffer whose device is not said is on the CPU, on machines with a GPU too.
+os.environ.setdefault("MSCCLPP_EP_DEVICE", "cpu")
 
 
 def pytest_configure():

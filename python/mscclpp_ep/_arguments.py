@@ -7,17 +7,16 @@ import operator
 import os
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
-
 from mscclpp_ep import _core, _frameworks
 from mscclpp_ep._core import Config, InvalidArgument, NotBuilt, Quantization
+from mscclpp_ep._devices import CPU, gpu_of, stream_handle
+from mscclpp_ep.event import EventHandle, EventOverlap
 from mscclpp_ep.handle import DispatchHandle, LowLatencyHandle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from mscclpp_ep._frameworks import Array, Framework
-    from mscclpp_ep.event import EventOverlap
 
 
 def not_built(feature: str) -> NoReturn:
@@ -36,15 +35,6 @@ def unbuilt(name: str) -> Callable[..., NoReturn]:
     method.__name__ = name
     method.__doc__ = "Not in this version: raises `NotBuilt`."
     return method
-
-
-def device_name(device: Any) -> str:
-    """The kind of a device: cpu or cuda."""
-    name = "cpu" if device is None else str(device)
-    if name in {"cpu", "cuda"} or name.startswith("cuda:"):
-        return name.split(":", maxsplit=1)[0]
-    msg = f'device is {device!r}; it must be "cpu", "cuda" or "cuda:N"'
-    raise InvalidArgument(msg)
 
 
 def integer(name: str, value: Any, bits: int = 63) -> int:
@@ -84,26 +74,66 @@ def number(name: str, value: Any) -> float:
         raise InvalidArgument(msg) from error
 
 
+def check_stream(device: str, stream: object) -> None:
+    """A stream of a buffer's device, or None."""
+    if stream is None:
+        return
+    if device == CPU:
+        msg = f"stream is {stream!r}; a buffer on the CPU takes None"
+        raise InvalidArgument(msg)
+    stream_handle(stream)
+
+
 def check_call(
-    previous_event: EventOverlap | None,
+    previous_event: EventOverlap | EventHandle | None,
     async_finish: bool,
     allocate_on_comm_stream: bool,
     stream: object,
+    device: str,
 ) -> None:
     """What orders a call with other work."""
-    if stream is not None:
-        msg = f"stream is {stream!r}; a buffer on the CPU takes None"
+    check_stream(device, stream)
+    event = _event_of(previous_event)
+    if device != CPU and not (event is None or isinstance(event, EventHandle)):
+        msg = (
+            f"previous_event is a {type(event).__name__}; it must be an EventOverlap, an "
+            "EventHandle or None"
+        )
         raise InvalidArgument(msg)
     if allocate_on_comm_stream and not (async_finish and previous_event is not None):
         msg = "allocate_on_comm_stream=True needs async_finish=True and a previous_event"
         raise InvalidArgument(msg)
 
 
-def check_config(config: object) -> None:
-    """A Config, which means nothing here."""
-    if config is not None and not isinstance(config, Config):
+def begin_call(
+    framework: Framework,
+    previous_event: EventOverlap | EventHandle | None,
+    stream: Any,
+    device: str,
+) -> int | None:
+    """The stream that a call is ordered by, which waits for an event; None on the CPU."""
+    handle: int | None = None
+    if device != CPU:
+        gpu = gpu_of(device)
+        handle = framework.current_stream(gpu) if stream is None else stream_handle(stream)
+    event = _event_of(previous_event)
+    if isinstance(event, EventHandle):
+        event.wait_on(handle)
+    return handle
+
+
+def _event_of(event: object) -> object:
+    return event.event if isinstance(event, EventOverlap) else event
+
+
+def unpack_config(config: object, default: int) -> int:
+    """The multiprocessors that a call may use: of a Config that tells, or else by default."""
+    if config is None:
+        return default
+    if not isinstance(config, Config):
         msg = f"config is a {type(config).__name__}; it must be a Config or None"
         raise InvalidArgument(msg)
+    return config.num_sms if config.num_sms > 0 else default
 
 
 def unpack_x(x: Array | tuple[Array, Array]) -> tuple[Array, Array | None]:
@@ -166,9 +196,11 @@ def check_cached(num_worst_tokens: int, **routing: object) -> None:
         raise InvalidArgument(msg)
 
 
-def scratch_array(dtype: Any, size: Sequence[int] | None, offset: int, num_bytes: int) -> Array:
-    """Zeros of a dtype and shape, in the place of a part of so many bytes."""
-    framework, kind = _frameworks.resolve_dtype(dtype)
+def scratch_array(
+    dtype: Any, size: Sequence[int] | None, offset: int, num_bytes: int, device: str
+) -> Array:
+    """Zeros of a dtype and shape on a device, in the place of a part of so many bytes."""
+    framework, kind = _frameworks.resolve_dtype(dtype, device)
     left = num_bytes - integer("offset", offset)
     if not 0 <= left <= num_bytes:
         msg = f"offset is {offset}; it must be from 0 to the size of the buffer, {num_bytes} bytes"
@@ -179,9 +211,7 @@ def scratch_array(dtype: Any, size: Sequence[int] | None, offset: int, num_bytes
     if min(shape, default=0) < 0 or wanted > left:
         msg = f"size is {shape}, {wanted} bytes; {left} of the buffer's {num_bytes} bytes are left"
         raise InvalidArgument(msg)
-    # As bytes, since NumPy lacks dtypes that others have.
-    zeros = _frameworks.small_array(framework, np.zeros(wanted, np.uint8))
-    return zeros.view(dtype).reshape(shape)
+    return framework.zeros(wanted, dtype, device).reshape(shape)
 
 
 def view(name: str, array: Array | None) -> Any:

@@ -15,6 +15,12 @@ class DLPackCompatible(Protocol):
 def build_info() -> dict[str, str]:
     """What this build has; "no" for what it lacks."""
 
+def is_cuda_built() -> bool:
+    """Whether this build has the CUDA backend."""
+
+def cuda_device_count() -> int:
+    """GPUs that this process can use."""
+
 def stream_copy(out: DLPackCompatible, src: DLPackCompatible) -> None:
     """Copies bytes as rows are: for measuring what the memory allows."""
 
@@ -299,6 +305,12 @@ class Buffer:
     def size(self) -> int: ...
 
     @property
+    def device(self) -> str: ...
+
+    @property
+    def comm_stream(self) -> int: ...
+
+    @property
     def num_threads(self) -> int: ...
 
     @property
@@ -328,15 +340,15 @@ class Buffer:
 
     def get_dispatch_layout(self, topk_idx: View, num_experts: int) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def begin_dispatch(self, x: View | None, scales: View | None, is_token_in_rank: View | None, num_tokens_per_rank: View | None, num_tokens_per_expert: View | None, topk_idx: View | None, topk_weights: View | None, expert_alignment: int, num_worst_tokens: int) -> PendingDispatch: ...
+    def begin_dispatch(self, x: View | None, scales: View | None, is_token_in_rank: View | None, num_tokens_per_rank: View | None, num_tokens_per_expert: View | None, topk_idx: View | None, topk_weights: View | None, expert_alignment: int, num_worst_tokens: int, stream: int | None = None, num_sms: int = 0) -> PendingDispatch: ...
 
-    def begin_cached_dispatch(self, x: View | None, scales: View | None, handle: DispatchHandle) -> PendingDispatch: ...
+    def begin_cached_dispatch(self, x: View | None, scales: View | None, handle: DispatchHandle, stream: int | None = None, num_sms: int = 0) -> PendingDispatch: ...
 
     def finish_dispatch(self, pending: PendingDispatch, x: Tensor | None, scales: Tensor | None, topk_idx: Tensor | None, topk_weights: Tensor | None) -> DispatchHandle: ...
 
     def abandon_dispatch(self, pending: PendingDispatch, why: str) -> None: ...
 
-    def combine(self, x: View | None, handle: DispatchHandle, topk_weights: View | None, bias0: View | None, bias1: View | None, out: Tensor, out_weights: Tensor | None) -> None: ...
+    def combine(self, x: View | None, handle: DispatchHandle, topk_weights: View | None, bias0: View | None, bias1: View | None, out: Tensor, out_weights: Tensor | None, stream: int | None = None, num_sms: int = 0) -> None: ...
 
     def refuse(self, operation: Operation, why: str) -> None: ...
 
@@ -391,3 +403,13 @@ class DispatchSent:
 
     @property
     def layout_range(self) -> Tensor: ...
+
+class Event:
+    """A point in a stream of a GPU."""
+
+    def __init__(self, stream: int, device: int) -> None: ...
+
+    def wait(self, stream: int) -> None:
+        """Makes a stream wait for the event."""
+
+    def synchronize(self) -> None: ...

@@ -11,19 +11,21 @@ import numpy as np
 class DLPackArray:
     """A result, for any framework's `from_dlpack` or for `numpy.asarray`; neither copies.
 
-    Comes back where the tensors given have `__dlpack__` but are of no framework known here, and
-    may itself be given to every call.
+    On a GPU it is for `from_dlpack` only. Comes back where the tensors given have `__dlpack__` but
+    are of no framework known here, and may itself be given to every call.
 
     Attributes:
         shape: Extents.
         dtype: Name of the element type, such as "bfloat16".
     """
 
-    def __init__(self, exporter: Any, raw: np.ndarray, dtype: str) -> None:
-        """Made by the library: `raw` has the elements as NumPy can hold them."""
+    def __init__(
+        self, exporter: Any, raw: np.ndarray | None, dtype: str, shape: tuple[int, ...]
+    ) -> None:
+        """Made by the library: `raw` has the elements as NumPy can hold them; None: on a GPU."""
         self._exporter = exporter
         self._raw = raw
-        self.shape: tuple[int, ...] = raw.shape
+        self.shape = shape
         self.dtype = dtype
 
     def __dlpack__(self, **kwargs: Any) -> Any:
@@ -39,8 +41,12 @@ class DLPackArray:
         """Return a NumPy array over the memory.
 
         Raises:
-            TypeError: NumPy does not know the element type, and ml_dtypes is not imported.
+            TypeError: The memory is on a GPU; or NumPy does not know the element type, and
+                ml_dtypes is not imported.
         """
+        if self._raw is None:
+            msg = "it is on a GPU, where NumPy has no arrays; use from_dlpack of a framework"
+            raise TypeError(msg)
         array = as_dtype(self._raw, self.dtype)
         if array.dtype.name != self.dtype:
             msg = f"NumPy has no {self.dtype}; import ml_dtypes, or use from_dlpack of a framework"

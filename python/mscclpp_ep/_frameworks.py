@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from mscclpp_ep import _core
+from mscclpp_ep._devices import CPU, cupy_stream, gpu_of, torch_stream
 from mscclpp_ep._dlpack_array import DLPackArray, as_dtype
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # A tensor of any framework: what it has in common with others is __dlpack__ only.
 Array: TypeAlias = Any
@@ -17,6 +21,8 @@ _DTYPES: dict[str, _core.DataType] = {dtype.name: dtype for dtype in _core.DataT
 # NumPy's __dlpack__ refuses the types that ml_dtypes adds; they pass as integers of their size.
 _INTEGERS = {1: np.uint8, 2: np.uint16}
 _FIRST_USER_TYPE = 256  # of NumPy's numbers of dtypes: those that it has not itself
+_JAX_PLATFORMS = {"cpu", "cuda", "gpu"}
+_DLPACK_CPU = 1
 
 
 class Framework:
@@ -24,8 +30,18 @@ class Framework:
 
     name = "array API"
 
-    def __init__(self, namespace: Any) -> None:
+    def __init__(self, namespace: Any, device: Any = None) -> None:
+        """Of a module, and of what it calls the device of the tensors, if that needs to be told."""
         self._namespace = namespace
+        self._device = device
+
+    def current_stream(self, gpu: int) -> int:
+        """The framework's current stream on a GPU, as a cudaStream_t.
+
+        The legacy default stream, if the framework does not tell.
+        """
+        del gpu
+        return 0
 
     def view(self, array: Array) -> _core.View:
         """Imports a tensor without a copy."""
@@ -47,9 +63,25 @@ class Framework:
         del dtype
         return self._namespace.from_dlpack(tensor.export("dlpack"))
 
-    def small_array(self, values: np.ndarray) -> Array:
-        """Makes an array of the framework with the given values."""
-        return self._namespace.asarray(values)
+    def small_arrays(self, values: Sequence[np.ndarray], device: str) -> list[Array]:
+        """Makes arrays of the framework with the given values, all of one dtype, on a device."""
+        if device == CPU:
+            return [self._namespace.asarray(array) for array in values]
+        return [self._namespace.asarray(array, device=self._device) for array in values]
+
+    def zeros(self, num_bytes: int, dtype: Any, device: str) -> Array:
+        """Makes an array of so many bytes, which are 0, of the framework's dtype, on a device."""
+        # As bytes at first, since NumPy lacks dtypes that others have.
+        (zeros,) = self.small_arrays([np.zeros(num_bytes, np.uint8)], device)
+        return zeros.view(dtype)
+
+    def copy_to_host(self, array: Array) -> np.ndarray:
+        """Copies a tensor of integers."""
+        if hasattr(array, "__array__"):
+            return np.array(array)
+        if array.__dlpack_device__()[0] == _DLPACK_CPU:
+            return np.array(np.from_dlpack(array))
+        return np.from_dlpack(array, device="cpu", copy=True)
 
 
 class _NumPy(Framework):
@@ -82,12 +114,16 @@ class _NumPy(Framework):
             return array.view(dtype)
         return as_dtype(array, tensor.dtype.name)
 
-    def small_array(self, values: np.ndarray) -> Array:
-        return values
+    def small_arrays(self, values: Sequence[np.ndarray], device: str) -> list[Array]:
+        del device
+        return list(values)
 
 
 class _Torch(Framework):
     name = "torch"
+
+    def current_stream(self, gpu: int) -> int:
+        return torch_stream(self._namespace, gpu)
 
     def view(self, array: Array) -> _core.View:
         return _core.View(array.detach() if array.requires_grad else array)
@@ -96,12 +132,52 @@ class _Torch(Framework):
         del dtype
         return tensor.export("torch")
 
-    def small_array(self, values: np.ndarray) -> Array:
-        return self._namespace.from_numpy(values)
+    def small_arrays(self, values: Sequence[np.ndarray], device: str) -> list[Array]:
+        if device == CPU:
+            return [self._namespace.from_numpy(array) for array in values]
+        # By one copy, which the call waits for: the tensors may be used on any stream.
+        flat = np.concatenate([array.ravel() for array in values])
+        parts = self._namespace.from_numpy(flat).to(device).split([array.size for array in values])
+        return [part.view(array.shape) for part, array in zip(parts, values, strict=True)]
+
+    def zeros(self, num_bytes: int, dtype: Any, device: str) -> Array:
+        zeros = self._namespace.zeros(num_bytes, dtype=self._namespace.uint8, device=device)
+        return zeros.view(dtype)
+
+    def copy_to_host(self, array: Array) -> np.ndarray:
+        return np.array(array.detach().cpu())
+
+
+class _Cupy(Framework):
+    """Arrays of CuPy, of the types that it can export and import."""
+
+    name = "cupy"
+
+    def current_stream(self, gpu: int) -> int:
+        return cupy_stream(self._namespace, gpu)
+
+    def small_arrays(self, values: Sequence[np.ndarray], device: str) -> list[Array]:
+        if device == CPU:
+            return list(values)
+        with self._namespace.cuda.Device(gpu_of(device)) as current:
+            arrays = [self._namespace.asarray(array) for array in values]
+            current.synchronize()  # the arrays may be used on any stream
+            return arrays
+
+    def zeros(self, num_bytes: int, dtype: Any, device: str) -> Array:
+        with self._namespace.cuda.Device(gpu_of(device)):
+            return self._namespace.zeros(num_bytes, np.uint8).view(dtype)
+
+    def copy_to_host(self, array: Array) -> np.ndarray:
+        host: np.ndarray = self._namespace.asnumpy(array)
+        return host
 
 
 class _Jax(Framework):
-    """Arrays of one CPU device, outside of any trace; results go to that device."""
+    """Arrays of one device, outside of any trace; results go to that device.
+
+    There is no current stream: arrays are waited for, and results are complete.
+    """
 
     name = "jax"
 
@@ -123,10 +199,10 @@ class _Jax(Framework):
                 "holds: pass x.addressable_shards[i].data"
             )
             raise _core.InvalidArgument(msg)
-        if self._devices[0].platform != "cpu":
+        if self._devices[0].platform not in _JAX_PLATFORMS:
             msg = (
-                f"it is on {self._devices[0]}; this version takes arrays of the CPU: "
-                'jax.device_put(x, jax.devices("cpu")[0])'
+                f"it is on {self._devices[0]}; this version takes arrays of the CPU or of a CUDA "
+                'GPU: jax.device_put(x, jax.devices("cpu")[0])'
             )
             raise _core.InvalidArgument(msg)
         # JAX computes behind the caller's back; here it is waited for without the GIL.
@@ -143,8 +219,11 @@ class _Jax(Framework):
         exported = tensor.export("dlpack")
         return self._namespace.numpy.from_dlpack(exported, device=self._devices[0])
 
-    def small_array(self, values: np.ndarray) -> Array:
-        return self._namespace.device_put(values, self._devices[0])
+    def small_arrays(self, values: Sequence[np.ndarray], device: str) -> list[Array]:
+        target = self._devices[0]
+        if device == CPU and target.platform != "cpu":
+            target = self._namespace.devices("cpu")[0]
+        return [self._namespace.device_put(array, target) for array in values]
 
 
 class _Dlpack(Framework):
@@ -157,10 +236,20 @@ class _Dlpack(Framework):
 
     def export(self, tensor: _core.Tensor, dtype: Any = None) -> Array:
         del dtype
-        return DLPackArray(tensor.export("dlpack"), tensor.export("numpy"), tensor.dtype.name)
+        exporter = tensor.export("dlpack")
+        on_cpu = exporter.__dlpack_device__()[0] == _DLPACK_CPU
+        raw = tensor.export("numpy") if on_cpu else None
+        return DLPackArray(exporter, raw, tensor.dtype.name, tuple(tensor.shape))
 
-    def small_array(self, values: np.ndarray) -> Array:
-        return DLPackArray(values, values, values.dtype.name)
+    def small_arrays(self, values: Sequence[np.ndarray], device: str) -> list[Array]:
+        # On the CPU in any case: nothing is at hand here that copies to a GPU.
+        del device
+        return [DLPackArray(array, array, array.dtype.name, array.shape) for array in values]
+
+    def zeros(self, num_bytes: int, dtype: Any, device: str) -> Array:
+        del num_bytes
+        msg = f"dtype is {dtype!r}; on {device} it must be one of Torch, or CuPy must be imported"
+        raise _core.InvalidArgument(msg)
 
 
 _NUMPY = _NumPy()
@@ -186,16 +275,19 @@ def framework_of(array: Array) -> Framework:
     torch = _torch_framework()
     if torch is not None and isinstance(array, torch._namespace.Tensor):
         return torch
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return _Cupy(cupy)
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(array, jax.Array):
         return _Jax(jax, array)
     if hasattr(array, "__dlpack__"):
         if hasattr(array, "__array_namespace__"):
-            return Framework(array.__array_namespace__())
+            return Framework(array.__array_namespace__(), getattr(array, "device", None))
         return _DLPACK
     msg = (
         f"a {type(array).__name__} was given; a tensor with DLPack is needed: "
-        "NumPy, Torch, JAX, or any object with __dlpack__"
+        "NumPy, Torch, CuPy, JAX, or any object with __dlpack__"
     )
     raise _core.InvalidArgument(msg)
 
@@ -218,8 +310,10 @@ def output_view(array: Array) -> _core.View:
     return framework_of(array).output_view(array)
 
 
-def resolve_dtype(dtype: Any) -> tuple[Framework, _core.DataType]:
-    """The framework to which a dtype belongs, and what it is here.
+def resolve_dtype(dtype: Any, device: str) -> tuple[Framework, _core.DataType]:
+    """The framework that makes tensors of a dtype on a device, and what the dtype is here.
+
+    On a GPU dtypes of NumPy are CuPy's, if that is imported; others are of no framework.
 
     Raises:
         InvalidArgument: It is unknown or not supported.
@@ -229,21 +323,23 @@ def resolve_dtype(dtype: Any) -> tuple[Framework, _core.DataType]:
         framework: Framework = torch
         name = str(dtype).removeprefix("torch.")
     else:
-        framework = _NUMPY  # for JAX's types too, as its arrays cannot be written to
         try:
-            name = np.dtype(dtype).name
+            wanted = np.dtype(dtype)
         except TypeError as error:
             msg = f"dtype is {dtype!r}; it must be a dtype of NumPy, ml_dtypes or Torch"
             raise _core.InvalidArgument(msg) from error
+        # For JAX's types too, as its arrays cannot be written to.
+        framework = _NUMPY if device == CPU else _on_gpu(wanted)
+        name = wanted.name
     if name not in _DTYPES:
         msg = f"dtype is {name}; it must be one of: {', '.join(_DTYPES)}"
         raise _core.InvalidArgument(msg)
     return framework, _DTYPES[name]
 
 
-def small_array(framework: Framework, values: np.ndarray) -> Array:
-    """An array of the framework with the given values."""
-    return framework.small_array(values)
+def _on_gpu(dtype: np.dtype) -> Framework:
+    cupy = sys.modules.get("cupy")
+    return _DLPACK if cupy is None or dtype.num >= _FIRST_USER_TYPE else _Cupy(cupy)
 
 
 def dtype_of(array: Array) -> Any:

@@ -6,10 +6,10 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 from mscclpp_ep._arguments import (
-    check_call,
     check_deferred,
     check_given,
     check_low_latency_handle,
+    check_stream,
     integer,
     output_view,
     unpack_quantization,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class LowLatencyMethods:
-    """Dispatch and combine of few tokens, received by expert.
+    """Dispatch and combine of few tokens, received by expert. On the CPU only, in this version.
 
     Below, M is the most tokens of any rank, S = ceil(H / 128), and T, H, K, R, E and L are as in
     `Buffer`. Operations come in one order on every rank; two may be sent and not yet received, and
@@ -44,6 +44,7 @@ class LowLatencyMethods:
     """
 
     _core: CoreBuffer
+    device: str
     rank: int
     group_size: int
     _or_refuse: Callable[[Operation, Callable[[], Any]], Any]
@@ -103,7 +104,7 @@ class LowLatencyMethods:
         """
 
         def convert() -> tuple[Framework, list[Any], int, int, Quantization]:
-            _check_order(async_finish, return_recv_hook, stream)
+            _check_order(async_finish, return_recv_hook, stream, self.device)
             check_given("x", x, "[T, H]")
             views = [
                 view("x", x),
@@ -137,7 +138,7 @@ class LowLatencyMethods:
             recv_x = (recv_x, framework.export(sent.scales))
         handle = LowLatencyHandle.wrap(sent, framework, most, x_view.shape[1], experts)
         count = framework.export(sent.recv_count)
-        event = EventOverlap(EventHandle() if async_finish else None)
+        event = EventOverlap(EventHandle.on(None, 0) if async_finish else None)
         return recv_x, count, handle, event, hook if return_recv_hook else None
 
     def low_latency_combine(  # noqa: PLR0917 - DeepEP's arguments, in its order
@@ -191,7 +192,7 @@ class LowLatencyMethods:
         """
 
         def convert() -> tuple[Framework, list[Any], Any]:
-            _check_order(async_finish, return_recv_hook, stream)
+            _check_order(async_finish, return_recv_hook, stream, self.device)
             check_low_latency_handle(handle)
             check_given("x", x, "[L, R * M, H]")
             check_given("topk_idx", topk_idx, "[T, K], as the dispatch was given it")
@@ -217,7 +218,7 @@ class LowLatencyMethods:
         if not return_recv_hook:
             hook()
         result = out if tensor is None else framework.export(tensor, x.dtype)
-        event = EventOverlap(EventHandle() if async_finish else None)
+        event = EventOverlap(EventHandle.on(None, 0) if async_finish else None)
         return result, event, hook if return_recv_hook else None
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Array:
@@ -326,8 +327,8 @@ class LowLatencyMethods:
         return hook
 
 
-def _check_order(async_finish: bool, return_recv_hook: bool, stream: object) -> None:
-    check_call(None, False, False, stream)
+def _check_order(async_finish: bool, return_recv_hook: bool, stream: object, device: str) -> None:
+    check_stream(device, stream)
     if async_finish and return_recv_hook:
         msg = "async_finish and return_recv_hook exclude each other"
         raise InvalidArgument(msg)

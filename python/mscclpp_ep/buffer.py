@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from mscclpp_ep import _core
 from mscclpp_ep._arguments import (
+    begin_call,
     check_cached,
     check_call,
-    check_config,
     check_given,
     check_handle,
-    device_name,
+    check_stream,
     file_name,
     integer,
     not_built,
     number,
     scratch_array,
     unbuilt,
+    unpack_config,
     unpack_x,
     view,
 )
 from mscclpp_ep._core import Config, InvalidArgument
+from mscclpp_ep._devices import CPU, comm_stream, device_name, gpu_of
 from mscclpp_ep._frameworks import Array, Framework, dtype_of, framework_of, resolve_dtype
 from mscclpp_ep._low_latency import LowLatencyMethods
 from mscclpp_ep._tuning import COMBINE_CHUNKS, DISPATCH_CHUNKS
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from mscclpp_ep.group import GroupLike
 
 Operation = _core.Operation
+Ordering: TypeAlias = "dict[str, Any]"  # the keyword arguments of calls for the GPU
 
 
 class Buffer(LowLatencyMethods):
@@ -51,13 +54,21 @@ class Buffer(LowLatencyMethods):
     One thread at a time uses a buffer. Tensors come back in the framework of those given (of `x`,
     where there are several; a `DLPackArray` for objects that have `__dlpack__` only); what a call
     returns stays valid, whatever is called later, until it is dropped. JAX arrays are taken outside
-    of traces, from one CPU device, and never written to.
+    of traces, from one device, and never written to.
+
+    A buffer is on the CPU or on a GPU, as are the tensors that it takes and returns. On a GPU a
+    call waits for what is enqueued on its stream, without the GIL, and returns when its results are
+    complete; they may be used on any stream. Its stream is `stream`, or else the current one of the
+    framework of the tensors; the legacy default stream, if that has none. The low-latency methods
+    are on the CPU only.
 
     Attributes:
+        device: "cpu" or "cuda:N".
         rank: This rank.
         group_size: R.
         group: What the buffer was made with.
-        num_sms: Streaming multiprocessors that a call may use on a GPU; class-wide.
+        num_sms: Streaming multiprocessors that a call may use on a GPU; class-wide. 0: the
+            library's choice.
     """
 
     num_sms: ClassVar[int] = 20
@@ -103,7 +114,11 @@ class Buffer(LowLatencyMethods):
                 `timeout`: it is masked, and its rows are missing from results.
             comm: An mpi4py communicator, if no group is given.
             use_fabric: Accepted; means nothing here.
-            device: "cpu", or None for it.
+            device: "cpu", "cuda:N", or "cuda" for the current GPU; a `torch.device` will do. None:
+                the environment variable MSCCLPP_EP_DEVICE, if set; else the current GPU; or the CPU
+                if there is no GPU, or the build has no CUDA. The current GPU is Torch's, if that
+                uses one; else number LOCAL_RANK, modulo their number, if that variable is set; else
+                CuPy's, or the first.
             ranks_per_domain: Ranks that share memory; 0: found at run time.
             timeout: Longest that any wait lasts, in seconds, before it ends in an error.
             max_arena_bytes: Most that results held by the caller may take of the arena, and most
@@ -161,6 +176,7 @@ class Buffer(LowLatencyMethods):
             _core.Buffer.decline(bootstrap, str(error))
             raise
         self._core = _core.Buffer(bootstrap, options)
+        self.device: str = self._core.device
         self.rank: int = self._core.rank
         self.group_size: int = self._core.size
 
@@ -206,7 +222,7 @@ class Buffer(LowLatencyMethods):
         self,
         topk_idx: Array,
         num_experts: int,
-        previous_event: EventOverlap | None = None,
+        previous_event: EventOverlap | EventHandle | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
         *,
@@ -217,10 +233,11 @@ class Buffer(LowLatencyMethods):
         Args:
             topk_idx: int32 or int64 [T, K], ids of experts, -1 for none.
             num_experts: E.
-            previous_event: What to wait for before reading.
+            previous_event: What to wait for before reading: an `EventOverlap` or `EventHandle`.
             async_finish: Return an event instead of waiting.
             allocate_on_comm_stream: Needs the two before.
-            stream: None on the CPU.
+            stream: What the call is ordered by on a GPU: a `cudaStream_t` as an integer, a stream
+                of Torch or CuPy, or an object with `__cuda_stream__`. None on the CPU.
 
         Returns:
             `num_tokens_per_rank` int32 [R] (a token counts once a rank), None (tokens per node, of
@@ -230,15 +247,15 @@ class Buffer(LowLatencyMethods):
         Raises:
             InvalidArgument: An id is out of range, or the dtype or shape is wrong.
         """
-        check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
+        check_call(previous_event, async_finish, allocate_on_comm_stream, stream, self.device)
         check_given("topk_idx", topk_idx, "[T, K]")
         imported = view("topk_idx", topk_idx)
         framework = framework_of(topk_idx)
-        per_rank, per_expert, in_rank = self._core.get_dispatch_layout(
-            imported, integer("num_experts", num_experts)
-        )
+        experts = integer("num_experts", num_experts)
+        on = begin_call(framework, previous_event, stream, self.device)
+        per_rank, per_expert, in_rank = self._core.get_dispatch_layout(imported, experts, stream=on)
         export = framework.export
-        event = _finished(async_finish)
+        event = self._finished(async_finish, on)
         return export(per_rank), None, export(per_expert), export(in_rank), event
 
     # Dispatch
@@ -256,7 +273,7 @@ class Buffer(LowLatencyMethods):
         expert_alignment: int = 1,
         num_worst_tokens: int = 0,
         config: Config | None = None,
-        previous_event: EventOverlap | None = None,
+        previous_event: EventOverlap | EventHandle | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
         *,
@@ -279,11 +296,12 @@ class Buffer(LowLatencyMethods):
             num_worst_tokens: If not 0, outputs have this many rows whatever arrives: rows not
                 received have indices -1, and what does not fit is dropped from the highest (source
                 rank, token) and reported by `check`.
-            config: Accepted; means nothing on the CPU.
-            previous_event: What to wait for before reading.
+            config: Its `num_sms`, if not 0, comes before the buffer's; means nothing on the CPU.
+            previous_event: What to wait for before reading: an `EventOverlap` or `EventHandle`.
             async_finish: Return an event instead of waiting.
             allocate_on_comm_stream: Needs the two before.
-            stream: None on the CPU.
+            stream: What the call is ordered by on a GPU: a `cudaStream_t` as an integer, a stream
+                of Torch or CuPy, or an object with `__cuda_stream__`. None on the CPU.
 
         Returns:
             `recv_x` [N, H], or a pair of it and the scales [N, S]; `recv_topk_idx` [N, K] with
@@ -299,9 +317,9 @@ class Buffer(LowLatencyMethods):
         del num_tokens_per_rdma_rank
         operation = Operation.dispatch if handle is None else Operation.cached_dispatch
 
-        def convert() -> tuple[Framework, list[_core.View | None], int, int]:
-            check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
-            check_config(config)
+        def convert() -> tuple[Framework, list[_core.View | None], int, int, Ordering]:
+            check_call(previous_event, async_finish, allocate_on_comm_stream, stream, self.device)
+            num_sms = unpack_config(config, Buffer.num_sms)
             rows, scales = unpack_x(x)
             check_given("x", rows, "[T, H]")
             named = {
@@ -319,9 +337,11 @@ class Buffer(LowLatencyMethods):
             if handle is not None:
                 check_handle(handle)
                 check_cached(num_worst_tokens=worst, topk_idx=topk_idx, topk_weights=topk_weights)
-            return framework_of(rows), views, alignment, worst
+            framework = framework_of(rows)
+            on = begin_call(framework, previous_event, stream, self.device)
+            return framework, views, alignment, worst, {"stream": on, "num_sms": num_sms}
 
-        framework, views, alignment, worst = self._or_refuse(operation, convert)
+        framework, views, alignment, worst, ordering = self._or_refuse(operation, convert)
         if handle is None:
             pending = self._core.begin_dispatch(
                 x=views[0],
@@ -333,9 +353,10 @@ class Buffer(LowLatencyMethods):
                 topk_weights=views[6],
                 expert_alignment=alignment,
                 num_worst_tokens=worst,
+                **ordering,
             )
         else:
-            pending = self._core.begin_cached_dispatch(views[0], views[1], handle.core)
+            pending = self._core.begin_cached_dispatch(views[0], views[1], handle.core, **ordering)
         arrays = x if isinstance(x, tuple) else (x,)
         sources = [*arrays, *([None] * (2 - len(arrays))), topk_idx, topk_weights]
         imported = [views[0], views[1], views[5], views[6]]
@@ -355,10 +376,10 @@ class Buffer(LowLatencyMethods):
             for tensor, source in zip(outputs, sources, strict=True)
         ]
         recv_x = (exported[0], exported[1]) if isinstance(x, tuple) else exported[0]
-        event = _finished(async_finish)
+        event = self._finished(async_finish, ordering["stream"])
         if handle is not None:
             return recv_x, None, None, None, None, event
-        wrapped = DispatchHandle.wrap(finished, self.rank, framework)
+        wrapped = DispatchHandle.wrap(finished, self.rank, framework, self.device)
         return recv_x, exported[2], exported[3], counts, wrapped, event
 
     def _make_outputs(
@@ -381,7 +402,7 @@ class Buffer(LowLatencyMethods):
         topk_weights: Array | None = None,
         bias: Array | tuple[Array, Array] | None = None,
         config: Config | None = None,
-        previous_event: EventOverlap | None = None,
+        previous_event: EventOverlap | EventHandle | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
         *,
@@ -397,11 +418,12 @@ class Buffer(LowLatencyMethods):
             handle: What the dispatch returned.
             topk_weights: float32 [N, K], summed likewise.
             bias: [T, H] of x's dtype, or two of them.
-            config: Accepted; means nothing on the CPU.
-            previous_event: What to wait for before reading.
+            config: Its `num_sms`, if not 0, comes before the buffer's; means nothing on the CPU.
+            previous_event: What to wait for before reading: an `EventOverlap` or `EventHandle`.
             async_finish: Return an event instead of waiting.
             allocate_on_comm_stream: Needs the two before.
-            stream: None on the CPU.
+            stream: What the call is ordered by on a GPU: a `cudaStream_t` as an integer, a stream
+                of Torch or CuPy, or an object with `__cuda_stream__`. None on the CPU.
 
         Returns:
             The sums [T, H] of x's dtype, those of the weights float32 [T, K] or None, an event.
@@ -412,27 +434,30 @@ class Buffer(LowLatencyMethods):
             Timeout: A wait lasted longer than the buffer's `timeout`.
         """
 
-        def convert() -> tuple[Framework, list[_core.View | None]]:
-            check_call(previous_event, async_finish, allocate_on_comm_stream, stream)
-            check_config(config)
+        def convert() -> tuple[Framework, list[_core.View | None], Ordering]:
+            check_call(previous_event, async_finish, allocate_on_comm_stream, stream, self.device)
+            num_sms = unpack_config(config, Buffer.num_sms)
             check_handle(handle)
             check_given("x", x, "[N, H]")
             bias0, bias1 = self._unpack_bias(bias)
             named = {"x": x, "topk_weights": topk_weights, "bias": bias0, "the second bias": bias1}
             views = [view(name, array) for name, array in named.items()]
-            return framework_of(x), views
+            framework = framework_of(x)
+            on = begin_call(framework, previous_event, stream, self.device)
+            return framework, views, {"stream": on, "num_sms": num_sms}
 
-        framework, (x_view, weights_view, bias0_view, bias1_view) = self._or_refuse(
-            Operation.combine, convert
-        )
+        framework, views, ordering = self._or_refuse(Operation.combine, convert)
+        x_view, weights_view, bias0_view, bias1_view = views
         core = handle.core
         out, out_weights = self._or_refuse(
             Operation.combine, lambda: self._combined(core, x_view, weights_view)
         )
-        self._core.combine(x_view, core, weights_view, bias0_view, bias1_view, out, out_weights)
+        self._core.combine(
+            x_view, core, weights_view, bias0_view, bias1_view, out, out_weights, **ordering
+        )
         combined = framework.export(out, dtype_of(x))
         weights = None if out_weights is None else framework.export(out_weights)
-        return combined, weights, _finished(async_finish)
+        return combined, weights, self._finished(async_finish, ordering["stream"])
 
     def _combined(
         self,
@@ -458,12 +483,14 @@ class Buffer(LowLatencyMethods):
         Args:
             shape: Up to 4 extents.
             dtype: Of NumPy, ml_dtypes or JAX, for an array of NumPy, or of Torch, for one of Torch.
+                On a GPU a dtype of NumPy is for an array of CuPy, if that is imported; others, but
+                Torch's, are for a `DLPackArray`.
 
         Raises:
             InvalidArgument: The shape or dtype is wrong.
             SystemError: There is not enough memory.
         """
-        framework, kind = resolve_dtype(dtype)
+        framework, kind = resolve_dtype(dtype, self.device)
         extents = [integer("an extent of shape", extent) for extent in shape]
         tensor = self._core.empty(extents, kind, True)
         return framework.export(tensor, dtype)
@@ -481,7 +508,8 @@ class Buffer(LowLatencyMethods):
         which no other call and no other rank reads.
 
         Args:
-            dtype: Of NumPy or ml_dtypes, for an array of NumPy, or of Torch, for one of Torch.
+            dtype: Of NumPy or ml_dtypes, for an array of NumPy, or of Torch, for one of Torch. On a
+                GPU of Torch, or of NumPy, for an array of CuPy, which must be imported.
             size: The shape; None: one dimension, of all that follows `offset`.
             offset: In bytes, of the `num_nvl_bytes` or `num_rdma_bytes` that the buffer was made
                 with.
@@ -491,12 +519,37 @@ class Buffer(LowLatencyMethods):
             InvalidArgument: The dtype or size is wrong, or goes beyond those bytes.
         """
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-        return scratch_array(dtype, size, offset, num_bytes)
+        return scratch_array(dtype, size, offset, num_bytes, self.device)
 
     def record_stream(self, tensor: Array, stream: object) -> None:
-        """Tells that a stream uses a tensor of this buffer. On the CPU there are no streams."""
+        """Tells that a stream uses a tensor of this buffer.
+
+        There is nothing to be told: memory that is dropped is used again only when the GPU has
+        finished what was enqueued on every stream. On the CPU there are no streams.
+
+        Args:
+            tensor: What is used.
+            stream: What uses it. None on the CPU.
+
+        Raises:
+            InvalidArgument: `stream` is no stream.
+        """
         del tensor
-        check_call(None, False, False, stream)
+        check_stream(self.device, stream)
+
+    def get_comm_stream(self) -> Any:
+        """The stream on which the buffer moves rows.
+
+        Returns:
+            A `torch.cuda.ExternalStream`, if Torch uses a GPU; else an object that has
+            `__cuda_stream__`. It lives as long as the buffer.
+
+        Raises:
+            NotBuilt: The buffer is on the CPU.
+        """
+        if self.device == CPU:
+            not_built("get_comm_stream (a buffer on the CPU has no streams)")
+        return comm_stream(self._core.comm_stream, gpu_of(self.device))
 
     def check(self) -> None:
         """Raises what was noticed since the last call without a call to raise it from.
@@ -542,7 +595,7 @@ class Buffer(LowLatencyMethods):
 
     @staticmethod
     def capture() -> EventOverlap:
-        """An event at this point of the current stream."""
+        """An event at this point of the current stream, as `EventHandle`."""
         return EventOverlap(EventHandle())
 
     @staticmethod
@@ -583,18 +636,14 @@ class Buffer(LowLatencyMethods):
 
     # What is not there yet
 
-    def get_comm_stream(self) -> NoReturn:
-        """Not on the CPU, which has no streams.
-
-        Raises:
-            NotBuilt: Always.
-        """
-        not_built("get_comm_stream (a buffer on the CPU has no streams)")
-
     internode_dispatch = unbuilt("internode_dispatch")
     internode_combine = unbuilt("internode_combine")
 
     # Helpers
+
+    def _finished(self, async_finish: bool, on: int | None) -> EventOverlap:
+        """What a call returns that was ordered by a stream."""
+        return EventOverlap(EventHandle.on(on, gpu_of(self.device)) if async_finish else None)
 
     def _or_refuse(self, operation: _core.Operation, convert: Callable[[], Any]) -> Any:
         """Converts arguments; if that fails, refuses the operation, so that no rank waits."""
@@ -614,10 +663,6 @@ class Buffer(LowLatencyMethods):
             # here comes first.
             if self._core.destroyed:
                 raise
-
-
-def _finished(async_finish: bool) -> EventOverlap:
-    return EventOverlap(EventHandle() if async_finish else None)
 
 
 def _tuned(chunks: dict[int, tuple[int, int, int, int]], num_ranks: int) -> Config:

@@ -1,10 +1,12 @@
-"""Events, as DeepEP's callers use them. On the CPU a call returns with its work done."""
+"""Events, as DeepEP's callers use them. A call returns with its work done, on the CPU and a GPU."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mscclpp_ep import _core
 from mscclpp_ep._core import InvalidArgument
+from mscclpp_ep._devices import current_stream, current_stream_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -12,10 +14,45 @@ if TYPE_CHECKING:
 
 
 class EventHandle:
-    """A point in a stream, recorded when this is made."""
+    """A point in the current stream, recorded when this is made.
+
+    The stream is Torch's, or else CuPy's, if one of them is imported and uses a GPU. Without, there
+    are no streams, and the event has passed already.
+    """
+
+    def __init__(self) -> None:
+        """Records the event.
+
+        Raises:
+            CudaError: It cannot be recorded.
+        """
+        current = current_stream() if _core.is_cuda_built() else None
+        self._record(*current or (None, 0))
+
+    @classmethod
+    def on(cls, stream: int | None, gpu: int) -> EventHandle:
+        """An event on a stream, a cudaStream_t; on None it has passed already."""
+        event = cls.__new__(cls)
+        event._record(stream, gpu)
+        return event
+
+    def _record(self, stream: int | None, gpu: int) -> None:
+        self._gpu = gpu
+        self._event = None if stream is None else _core.Event(stream, gpu)
 
     def current_stream_wait(self) -> None:
-        """Makes the current stream wait for the event. On the CPU it has passed already."""
+        """Makes the current stream wait for the event, if it has not passed already."""
+        if self._event is not None:
+            self._event.wait(current_stream_on(self._gpu))
+
+    def wait_on(self, stream: int | None) -> None:
+        """Makes a stream wait for the event, a cudaStream_t; None: the caller waits."""
+        if self._event is None:
+            return
+        if stream is None:
+            self._event.synchronize()
+        else:
+            self._event.wait(stream)
 
 
 class EventOverlap:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mscclpp_ep._frameworks import small_array
+from mscclpp_ep._devices import CPU
 
 if TYPE_CHECKING:
     from mscclpp_ep import _core
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class DispatchHandle(tuple["Array", ...]):
     """The tuple that DeepEP's dispatch returns on one host, with attributes of our own.
 
-    The items, where T tokens were sent, N rows received, and R is the number of ranks:
+    The items, where T tokens were sent, N rows received, and R is the number of ranks, are on the
+    buffer's device; 0 to 2 on the CPU, where tensors are of no framework that is known:
 
     0. `rank_prefix_matrix`, int32 [R, R]: column `rank` has the inclusive prefix sums of the rows
        received from ranks 0, 1, …; the other columns are -1.
@@ -29,7 +30,7 @@ class DispatchHandle(tuple["Array", ...]):
     Attributes:
         core: The handle of the C++ library.
         num_recv_tokens: Rows that came; more than N if `num_worst_tokens` was too small.
-        num_recv_tokens_per_expert: int64 [L], not rounded up.
+        num_recv_tokens_per_expert: int64 [L], not rounded up; on the CPU in any case.
         epoch: Number of the dispatch, the same on every rank.
     """
 
@@ -39,8 +40,10 @@ class DispatchHandle(tuple["Array", ...]):
     epoch: int
 
     @classmethod
-    def wrap(cls, core: _core.DispatchHandle, rank: int, framework: Framework) -> DispatchHandle:
-        """Makes the tuple of a handle of the C++ library."""
+    def wrap(
+        cls, core: _core.DispatchHandle, rank: int, framework: Framework, device: str
+    ) -> DispatchHandle:
+        """Makes the tuple of a handle of the C++ library, on a buffer's device."""
         prefix = core.recv_rank_prefix_sum
         ranks = len(prefix)
         matrix = np.full((ranks, ranks), -1, np.int32)
@@ -48,9 +51,7 @@ class DispatchHandle(tuple["Array", ...]):
         sent = np.array(core.num_send_tokens, np.int32).reshape(ranks, 1)
         handle = cls(
             (
-                small_array(framework, matrix),
-                small_array(framework, sent),
-                small_array(framework, np.zeros((ranks, 1), np.int32)),
+                *framework.small_arrays([matrix, sent, np.zeros_like(sent)], device),
                 framework.export(core.recv_source_index),
                 framework.export(core.is_token_in_rank),
                 framework.export(core.send_head),
@@ -59,7 +60,7 @@ class DispatchHandle(tuple["Array", ...]):
         handle.core = core
         handle.num_recv_tokens = core.num_recv_tokens
         per_expert = np.array(core.num_recv_tokens_per_expert, np.int64)
-        handle.num_recv_tokens_per_expert = small_array(framework, per_expert)
+        (handle.num_recv_tokens_per_expert,) = framework.small_arrays([per_expert], CPU)
         handle.epoch = core.epoch
         return handle
 

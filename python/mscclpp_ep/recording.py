@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from mscclpp_ep._frameworks import framework_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -59,7 +61,7 @@ def note_choices(rank: int, ranks: int, experts: int, topk_idx: Array) -> None:
     """Gives the choices of a dispatch to those who record; cheap if nobody does."""
     if not _recorders:
         return
-    ids = np.array(topk_idx if hasattr(topk_idx, "__array__") else np.from_dlpack(topk_idx))
+    ids = framework_of(topk_idx).copy_to_host(topk_idx)
     with _lock:
         for recorder in _recorders:
             recorder.add(rank, ranks, experts, ids.astype(np.int32))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mscclpp_ep._arguments import not_built
+from mscclpp_ep._devices import gpu_of
 
 if TYPE_CHECKING:
     from mscclpp_ep._frameworks import Array
@@ -41,8 +42,8 @@ class Runtime:
         return self._buffer.rank if global_ else 0
 
     def get_local_device_id(self) -> int:
-        """The number of this rank's device: 0 on the CPU."""
-        return 0
+        """The number of this rank's GPU among those of this process: 0 on the CPU."""
+        return gpu_of(self._buffer.device)
 
     def get_local_buffer_tensor(
         self, dtype: Any, offset: int = 0, use_rdma_buffer: bool = False
@@ -50,9 +51,9 @@ class Runtime:
         """As `Buffer.get_local_buffer_tensor` without a size."""
         return self._buffer.get_local_buffer_tensor(dtype, None, offset, use_rdma_buffer)
 
-    def get_comm_stream(self) -> NoReturn:
+    def get_comm_stream(self) -> Any:
         """As `Buffer.get_comm_stream`."""
-        self._buffer.get_comm_stream()
+        return self._buffer.get_comm_stream()
 
     def get_local_ipc_handle(self) -> NoReturn:
         """Not there: ranks find each other's memory by themselves.

@@ -40,8 +40,10 @@ nb::object exportTo(const Tensor& tensor, nb::dlpack::dtype dtype) {
     shape[i] = static_cast<std::size_t>(tensor.view.shape[i]);
     strides[i] = tensor.view.strides[i];
   }
-  nb::ndarray<Framework> array(tensor.view.data, static_cast<std::size_t>(tensor.view.ndim), shape,
-                               capsule, strides, dtype);
+  const bool onGpu = tensor.view.device.type == DeviceType::cuda;
+  nb::ndarray<Framework> array(
+      tensor.view.data, static_cast<std::size_t>(tensor.view.ndim), shape, capsule, strides, dtype,
+      onGpu ? nb::device::cuda::value : nb::device::cpu::value, tensor.view.device.index);
   return nb::cast(array, nb::rv_policy::reference);
 }
 

@@ -12,6 +12,7 @@ namespace mscclpp_ep::python {
 void bindErrors(nanobind::module_& m);
 void bindTypes(nanobind::module_& m);
 void bindBuffer(nanobind::module_& m);
+void bindEvent(nanobind::module_& m);
 /// Types of low-latency mode; its operations are added to `buffer`.
 void bindLowLatency(nanobind::module_& m, nanobind::class_<Buffer>& buffer);
 

@@ -1,11 +1,18 @@
 // SPDX-License-Identifier: MIT
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
+
+#include <charconv>
+#include <cstdint>
+#include <optional>
+#include <string_view>
 
 #include "array.hpp"
 #include "bind.hpp"
 #include "mscclpp_ep/buffer.hpp"
+#include "mscclpp_ep/error.hpp"
 
 namespace mscclpp_ep::python {
 
@@ -22,6 +29,25 @@ void pollSignals() {
 TensorView viewOf(const View* view) { return view == nullptr ? TensorView{} : view->view; }
 TensorView viewOf(const Tensor* tensor) { return tensor == nullptr ? TensorView{} : tensor->view; }
 
+/// A stream is given as the number that its cudaStream_t is.
+CallOptions callOptions(std::optional<std::uintptr_t> stream, int numSms) {
+  CallOptions call;
+  if (stream) call.stream = Stream(reinterpret_cast<void*>(*stream));
+  call.numSms = numSms;
+  return call;
+}
+
+Device parseDevice(const std::string& device) {
+  constexpr std::string_view kCuda = "cuda:";
+  if (device == "cpu") return {};
+  Device parsed{DeviceType::cuda, 0};
+  const char* end = device.data() + device.size();
+  const bool sound = device.starts_with(kCuda) &&
+                     std::from_chars(device.data() + kCuda.size(), end, parsed.index).ptr == end;
+  if (!sound) throw InvalidArgument("device is \"" + device + "\"; it must be cpu or cuda:N");
+  return parsed;
+}
+
 void construct(Buffer* self, nb::handle group, const BufferOptions& given) {
   BufferOptions options = given;
   options.pollInterrupt = pollSignals;
@@ -34,7 +60,8 @@ Tensor outputLike(Buffer& buffer, std::initializer_list<std::int64_t> shape, Dat
   return buffer.emptyLocal(std::span(shape.begin(), shape.size()), dtype);
 }
 
-nb::tuple getDispatchLayout(Buffer& buffer, const View& topkIdx, std::int64_t numExperts) {
+nb::tuple getDispatchLayout(Buffer& buffer, const View& topkIdx, std::int64_t numExperts,
+                            std::optional<std::uintptr_t> stream) {
   Tensor perRank;
   Tensor perExpert;
   Tensor inRank;
@@ -45,7 +72,8 @@ nb::tuple getDispatchLayout(Buffer& buffer, const View& topkIdx, std::int64_t nu
     // Wrong sizes are left to the library's own checks, which come before it writes anything.
     perExpert = outputLike(buffer, {std::max<std::int64_t>(numExperts, 0)}, DataType::int32);
     inRank = outputLike(buffer, {topkIdx.view.shape[0], ranks}, DataType::boolean);
-    buffer.getDispatchLayout(topkIdx.view, numExperts, {perRank.view, perExpert.view, inRank.view});
+    buffer.getDispatchLayout(topkIdx.view, numExperts, {perRank.view, perExpert.view, inRank.view},
+                             callOptions(stream, 0));
   }
   return nb::make_tuple(perRank, perExpert, inRank);
 }
@@ -54,19 +82,22 @@ PendingDispatch beginDispatch(Buffer& buffer, const View* x, const View* scales,
                               const View* isTokenInRank, const View* numTokensPerRank,
                               const View* numTokensPerExpert, const View* topkIdx,
                               const View* topkWeights, std::int64_t expertAlignment,
-                              std::int64_t numWorstTokens) {
+                              std::int64_t numWorstTokens, std::optional<std::uintptr_t> stream,
+                              int numSms) {
   return buffer.beginDispatch(
       {viewOf(x), viewOf(scales), viewOf(topkIdx), viewOf(topkWeights), viewOf(isTokenInRank),
        viewOf(numTokensPerRank), viewOf(numTokensPerExpert)},
-      {.expertAlignment = expertAlignment, .numWorstTokens = numWorstTokens});
+      {.expertAlignment = expertAlignment, .numWorstTokens = numWorstTokens},
+      callOptions(stream, numSms));
 }
 
 PendingDispatch beginCachedDispatch(Buffer& buffer, const View* x, const View* scales,
-                                    const DispatchHandle& handle) {
+                                    const DispatchHandle& handle,
+                                    std::optional<std::uintptr_t> stream, int numSms) {
   DispatchInputs inputs;
   inputs.x = viewOf(x);
   inputs.scales = viewOf(scales);
-  return buffer.beginCachedDispatch(inputs, handle);
+  return buffer.beginCachedDispatch(inputs, handle, callOptions(stream, numSms));
 }
 
 DispatchHandle finishDispatch(Buffer& buffer, PendingDispatch& pending, const Tensor* x,
@@ -77,9 +108,10 @@ DispatchHandle finishDispatch(Buffer& buffer, PendingDispatch& pending, const Te
 }
 
 void combine(Buffer& buffer, const View* x, const DispatchHandle& handle, const View* topkWeights,
-             const View* bias0, const View* bias1, const Tensor* out, const Tensor* outWeights) {
+             const View* bias0, const View* bias1, const Tensor* out, const Tensor* outWeights,
+             std::optional<std::uintptr_t> stream, int numSms) {
   buffer.combine({viewOf(x), viewOf(topkWeights), viewOf(bias0), viewOf(bias1)}, handle,
-                 {viewOf(out), viewOf(outWeights)});
+                 {viewOf(out), viewOf(outWeights)}, callOptions(stream, numSms));
 }
 
 Tensor empty(Buffer& buffer, const std::vector<std::int64_t>& shape, DataType dtype, bool arena) {
@@ -91,9 +123,7 @@ void bindOptions(nb::module_& m) {
       .def(nb::init<>())
       .def_prop_rw(
           "device", [](const BufferOptions& self) { return toString(self.device); },
-          [](BufferOptions& self, const std::string& device) {
-            self.device.type = device == "cpu" ? DeviceType::cpu : DeviceType::cuda;
-          })
+          [](BufferOptions& self, const std::string& device) { self.device = parseDevice(device); })
       .def_prop_rw(
           "timeout", [](const BufferOptions& self) { return self.timeout.count(); },
           [](BufferOptions& self, double seconds) {
@@ -123,14 +153,17 @@ void bindStats(nb::module_& m) {
 }
 
 void bindOperations(nb::class_<Buffer>& buffer) {
-  buffer.def("get_dispatch_layout", &getDispatchLayout, nb::arg("topk_idx"), nb::arg("num_experts"))
+  buffer
+      .def("get_dispatch_layout", &getDispatchLayout, nb::arg("topk_idx"), nb::arg("num_experts"),
+           nb::arg("stream").none() = nb::none())
       .def("begin_dispatch", &beginDispatch, nb::arg("x").none(), nb::arg("scales").none(),
            nb::arg("is_token_in_rank").none(), nb::arg("num_tokens_per_rank").none(),
            nb::arg("num_tokens_per_expert").none(), nb::arg("topk_idx").none(),
            nb::arg("topk_weights").none(), nb::arg("expert_alignment"), nb::arg("num_worst_tokens"),
-           Release())
+           nb::arg("stream").none() = nb::none(), nb::arg("num_sms") = 0, Release())
       .def("begin_cached_dispatch", &beginCachedDispatch, nb::arg("x").none(),
-           nb::arg("scales").none(), nb::arg("handle"), Release())
+           nb::arg("scales").none(), nb::arg("handle"), nb::arg("stream").none() = nb::none(),
+           nb::arg("num_sms") = 0, Release())
       .def("finish_dispatch", &finishDispatch, nb::arg("pending"), nb::arg("x").none(),
            nb::arg("scales").none(), nb::arg("topk_idx").none(), nb::arg("topk_weights").none(),
            Release())
@@ -142,7 +175,8 @@ void bindOperations(nb::class_<Buffer>& buffer) {
           nb::arg("pending"), nb::arg("why"), Release())
       .def("combine", &combine, nb::arg("x").none(), nb::arg("handle"),
            nb::arg("topk_weights").none(), nb::arg("bias0").none(), nb::arg("bias1").none(),
-           nb::arg("out"), nb::arg("out_weights").none(), Release())
+           nb::arg("out"), nb::arg("out_weights").none(), nb::arg("stream").none() = nb::none(),
+           nb::arg("num_sms") = 0, Release())
       .def(
           "refuse",
           [](Buffer& self, Operation operation, const std::string& why) {
@@ -174,6 +208,11 @@ void bindBuffer(nb::module_& m) {
           nb::arg("group"), nb::arg("why"))
       .def_prop_ro("rank", &Buffer::rank)
       .def_prop_ro("size", &Buffer::size)
+      .def_prop_ro("device", [](const Buffer& self) { return toString(self.options().device); })
+      .def_prop_ro("comm_stream",
+                   [](const Buffer& self) {
+                     return reinterpret_cast<std::uintptr_t>(self.commStream().handle());
+                   })
       .def_prop_ro("num_threads", [](const Buffer& self) { return self.options().numThreads; })
       .def_prop_ro("max_arena_bytes",
                    [](const Buffer& self) { return self.options().maxArenaBytes; })

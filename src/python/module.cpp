@@ -23,9 +23,12 @@ void streamCopy(const Bytes& out, const ConstBytes& in) {
 NB_MODULE(_core, m) {
   m.doc() = "The C++ library, as mscclpp_ep's Python code calls it. Not a public interface.";
   m.def("build_info", &mscclpp_ep::buildInfo, "What this build has; \"no\" for what it lacks.");
+  m.def("is_cuda_built", &mscclpp_ep::isCudaBuilt, "Whether this build has the CUDA backend.");
+  m.def("cuda_device_count", &mscclpp_ep::cudaDeviceCount, "GPUs that this process can use.");
   m.def("stream_copy", &streamCopy, nanobind::arg("out").noconvert(), nanobind::arg("src"),
         "Copies bytes as rows are: for measuring what the memory allows.");
   mscclpp_ep::python::bindErrors(m);
   mscclpp_ep::python::bindTypes(m);
   mscclpp_ep::python::bindBuffer(m);
+  mscclpp_ep::python::bindEvent(m);
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // What the entries of peers say: whether they take part, and in what.
 #include "core/check.hpp"
-#include "cpu/rounds.hpp"
+#include "host/rounds.hpp"
 #include "support/input.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
@@ -15,12 +15,12 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const Status refused = refusal(Verdict::rejected, why);
   fuzz::must(reasonOf(refused).size() < kReasonBytes, "a reason is terminated");
 
-  fuzz::Bytes message = cpu::encode(own);
+  fuzz::Bytes message = encode(own);
   input.damage(message);
   const std::string raw = input.text(input.flag() ? message.size() : 0);
   if (!raw.empty()) std::memcpy(message.data(), raw.data(), std::min(raw.size(), message.size()));
   fuzz::endsTyped([&] {
-    const auto head = cpu::decode<EntryHead>(message);
+    const auto head = decode<EntryHead>(message);
     fuzz::must(cat(reasonOf(head.status), name(operation)).size() < 512, "a reason has an end");
     const Signature signatures[] = {own.signature, head.signature, own.signature};
     fuzz::endsTyped([&] { requireAgreement(signatures); });

@@ -3,7 +3,7 @@
 #include "core/validate.hpp"
 #include "cpu/combine.hpp"
 #include "cpu/dispatch.hpp"
-#include "cpu/rounds.hpp"
+#include "host/rounds.hpp"
 #include "support/fake_peer.hpp"
 
 namespace mscclpp_ep::fuzz {
@@ -17,7 +17,7 @@ constexpr std::size_t kColumnBytes = 2 * kPage;
 /// An array of exactly as many bytes as it has, in the arena or outside it.
 struct Array {
   Array() = default;
-  Array(cpu::Arena* arena, DataType dtype, std::initializer_list<std::int64_t> shape) {
+  Array(Arena* arena, DataType dtype, std::initializer_list<std::int64_t> shape) {
     view = makeView(nullptr, dtype, shape);
     if (arena != nullptr) {
       if (auto block = arena->allocate(numBytes(view))) owner = block->data;
@@ -104,7 +104,7 @@ class Operation {
     entry.numRows = rowsComing_;
     const std::vector<std::int32_t> counts(request.cached == nullptr ? kExperts / 2 : 0, 2);
     entry.numCounts = static_cast<std::int64_t>(counts.size());
-    damageAndPost(Round::entry, cpu::encode(entry, counts));
+    damageAndPost(Round::entry, encode(entry, counts));
   }
 
   void postPublication() {
@@ -131,11 +131,11 @@ class Operation {
     }
     placement_ = request.placement;
     peer_.then([&] { postEntry(request); });
-    cpu::DispatchPlan plan = cpu::exchangeCounts(context_, request);
+    DispatchPlan plan = exchangeCounts(context_, request);
     must(plan.numRows >= 0 && plan.numRecv >= 0, "no count of rows is negative");
     for (const std::int64_t count : plan.perExpert) must(count >= 0, "nor one of an expert");
     if (plan.numRows > kMostRows) {
-      cpu::abandonRows(context_, Verdict::noRoom, "more rows than this harness has room for");
+      abandonRows(context_, Verdict::noRoom, "more rows than this harness has room for");
       return DispatchHandle(nullptr);
     }
     const DispatchOutputs outputs = makeOutputs(plan.numRows, request);
@@ -151,7 +151,7 @@ class Operation {
   }
 
   DispatchOutputs makeOutputs(std::int64_t rows, const DispatchRequest& request) {
-    cpu::Arena* arena = inArena_ ? &arena_ : nullptr;
+    Arena* arena = inArena_ ? &arena_ : nullptr;
     outX_ = Array(arena, dtype_, {rows, hidden_});
     DispatchOutputs outputs{outX_.view, {}, {}, {}};
     if (request.inputs.scales) {
@@ -205,13 +205,13 @@ class Operation {
   const BufferFacts facts_{0, 2, 0, bufferOptions_};
   FakePeer peer_;
   Mailbox mailbox_{peer_, kLane, 1};
-  cpu::Arena arena_;
+  Arena arena_;
   cpu::HostPool pool_;
   cpu::Workers workers_{1};
   BufferStats stats_;
   Trace trace_;
-  cpu::Context context_{peer_,    mailbox_,          arena_, pool_,
-                        workers_, cpu::rowKernels(), stats_, trace_};
+  cpu::Context context_{{peer_, mailbox_, arena_, stats_, trace_},
+                        {pool_, workers_, cpu::rowKernels()}};
   DispatchOptions options_;
   DispatchInputs inputs_;
   std::shared_ptr<const ExpertPlacement> placement_;

@@ -145,13 +145,13 @@ class Operation {
   const BufferFacts facts_{0, 2, 0, bufferOptions_};
   FakePeer peer_;
   Mailbox mailbox_{peer_, Lane::highThroughput, 1};
-  cpu::Arena arena_{peer_, 0, 0};
+  Arena arena_{peer_, 0, 0};
   cpu::HostPool pool_;
   cpu::Workers workers_{1};
   BufferStats stats_;
   Trace trace_;
-  const cpu::Context parts_{peer_,    mailbox_,          arena_, pool_,
-                            workers_, cpu::rowKernels(), stats_, trace_};
+  const cpu::Context parts_{{peer_, mailbox_, arena_, stats_, trace_},
+                            {pool_, workers_, cpu::rowKernels()}};
   cpu::LowLatencyLane lane_{parts_, kLane, 1};
   Array x_, ids_, weights_;
   Array outX_, scales_, counts_, sources_, ranges_, waits_;

@@ -1,6 +1,6 @@
 """Checks that includes point only towards the lower layers.
 
-    include/mscclpp_ep <- core <- transport <- cpu | cuda        src/python uses the public headers
+    include/mscclpp_ep <- core <- transport <- host <- cpu | cuda    src/python uses public headers
 
 A public header includes public headers and the standard library, nothing else.
 """
@@ -20,8 +20,9 @@ MAY_INCLUDE = {
     PUBLIC: {PUBLIC},
     "core": {PUBLIC, "core"},
     "transport": {PUBLIC, "core", "transport"},
-    "cpu": {PUBLIC, "core", "transport", "cpu"},
-    "cuda": {PUBLIC, "core", "transport", "cuda"},
+    "host": {PUBLIC, "core", "transport", "host"},
+    "cpu": {PUBLIC, "core", "transport", "host", "cpu"},
+    "cuda": {PUBLIC, "core", "transport", "host", "cuda"},
     "python": {PUBLIC, "python"},
 }
 

@@ -30,6 +30,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "ranks(*sizes, modes=...): pools that a test runs on")
+    config.addinivalue_line("markers", "cpu_only: not a test of other backends")
 
 
 def pytest_generate_tests(metafunc):
@@ -45,10 +46,24 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("ranks", keys, ids=names, indirect=True)
 
 
-def pytest_collection_modifyitems(items):
+def first_backend(config) -> str:
+    return (config.getoption("--backend") or ["cpu"])[0]
+
+
+def backend_of(item) -> str:
+    """The backend of a test's ranks."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters["ranks"][2] if "ranks" in parameters else first_backend(item.config)
+
+
+def pytest_collection_modifyitems(config, items):
     for item in items:
         if {"ranks", "doomed"} & set(item.fixturenames):
             item.add_marker(pytest.mark.multirank)
+    left_out = [i for i in items if i.get_closest_marker("cpu_only") and backend_of(i) != "cpu"]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +85,7 @@ def doomed(request):
     made = []
 
     def make(size: int) -> Pool:
-        backend = (request.config.getoption("--backend") or ["cpu"])[0]
+        backend = first_backend(request.config)
         made.append(Pool(size, "process", backend, patient=True))
         return made[-1]
 

@@ -118,6 +118,7 @@ class HighThroughput:
     def _make(self, max_arena_bytes: int, *, integrity_check: bool = False) -> ep.Buffer:
         return ep.Buffer(
             self._group,
+            device="cpu",
             timeout=_TIMEOUT_S,
             max_arena_bytes=max_arena_bytes,
             num_threads=self._threads,

@@ -50,6 +50,7 @@ def _make(group: ep.Group, settings: Settings) -> Any:
         group,
         num_rdma_bytes=needed,
         low_latency_mode=True,
+        device="cpu",
         timeout=_TIMEOUT_S,
         num_threads=settings.threads,
     )

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The seam of the library: what core/buffer.cpp, having checked every argument, asks of the code
-// that moves data. One implementation a kind of memory: cpu/, later cuda/.
+// that moves data. One implementation a kind of memory: cpu/, cuda/.
 #ifndef MSCCLPP_EP_CORE_BACKEND_HPP_
 #define MSCCLPP_EP_CORE_BACKEND_HPP_
 
@@ -19,6 +19,20 @@
 
 namespace mscclpp_ep {
 
+/// Lets the host read the small tensors that say what a call shall do.
+class TensorReader {
+ public:
+  TensorReader() = default;
+  TensorReader(const TensorReader&) = delete;
+  TensorReader& operator=(const TensorReader&) = delete;
+  virtual ~TensorReader() = default;
+
+  /// The elements, as they are when the call's stream gets to the call: in place, or a copy.
+  virtual std::shared_ptr<const void> read(const TensorView& tensor) {
+    return {std::shared_ptr<const void>(), tensor.data};
+  }
+};
+
 /// A dispatch whose arguments are sound.
 struct DispatchRequest {
   Signature signature;
@@ -27,6 +41,7 @@ struct DispatchRequest {
   CallOptions call;
   std::int64_t numTokens = 0;
   std::shared_ptr<const SendPlan> plan;
+  std::vector<std::int32_t> perExpert;  ///< [E] the inputs' numTokensPerExpert; empty if cached
   std::shared_ptr<const ExpertPlacement> placement;
   std::shared_ptr<const HandleState> cached;  ///< whose routing is repeated; null: a new one
 };
@@ -88,13 +103,10 @@ struct ReceiveState {
 
 enum class MemoryKind { arena, local };
 
-class Backend {
+class Backend : public TensorReader {
  public:
-  Backend() = default;
-  Backend(const Backend&) = delete;
-  Backend& operator=(const Backend&) = delete;
-  virtual ~Backend() = default;
-
+  /// Orders what follows, until the next call, behind the work on the call's stream.
+  virtual void beginCall(const CallOptions& call) = 0;
   virtual void getDispatchLayout(const TensorView& topkIdx, const ExpertPlacement& placement,
                                  const LayoutOutputs& outputs) = 0;
   virtual std::unique_ptr<PendingState> beginDispatch(DispatchRequest request) = 0;
@@ -108,6 +120,8 @@ class Backend {
   virtual void refuse(Operation operation, std::string_view why) = 0;
 
   virtual Tensor allocate(std::size_t bytes, MemoryKind kind) = 0;
+  /// On which rows are moved; none on the CPU.
+  virtual Stream commStream() const { return {}; }
   /// Throws what a call before could not.
   virtual void check() = 0;
   virtual bool masked(int rank) const = 0;

@@ -19,12 +19,14 @@ std::uint64_t nextBufferId() {
   return next.fetch_add(1);
 }
 
+const char* name(DeviceType type) { return type == DeviceType::cuda ? "cuda" : "cpu"; }
+
 std::string fingerprint(const BufferOptions& options) {
   std::string text =
       cat("version ", MSCCLPP_EP_VERSION_MAJOR, ".", MSCCLPP_EP_VERSION_MINOR, ".",
-          MSCCLPP_EP_VERSION_PATCH, ", ranks_per_domain ", options.ranksPerDomain, ", first_epoch ",
-          options.firstEpoch, ", enable_shrink ", options.enableShrink, ", integrity_check ",
-          options.integrityCheck, ", expert_map");
+          MSCCLPP_EP_VERSION_PATCH, ", device ", name(options.device.type), ", ranks_per_domain ",
+          options.ranksPerDomain, ", first_epoch ", options.firstEpoch, ", enable_shrink ",
+          options.enableShrink, ", integrity_check ", options.integrityCheck, ", expert_map");
   if (options.expertMap.empty()) return text + " none";
   for (const std::int32_t rank : options.expertMap) text += cat(" ", rank);
   return text;
@@ -32,16 +34,15 @@ std::string fingerprint(const BufferOptions& options) {
 
 /// Checks the options, and lets the other ranks know if they are refused.
 std::shared_ptr<Backend> connect(Bootstrap& bootstrap, BufferOptions& options, std::uint64_t id) {
-  if (options.device.type == DeviceType::cuda) {
-    return makeCudaBackend(bootstrap, {"", fingerprint(options)}, options, id);
-  }
   try {
     validateOptions(options, bootstrap.size());
   } catch (const Error& error) {
     declineToConnect(bootstrap, error.what());
     throw;
   }
-  return makeCpuBackend(bootstrap, {"", fingerprint(options)}, options, id);
+  const bool onGpu = options.device.type == DeviceType::cuda;
+  const auto make = onGpu ? makeCudaBackend : makeCpuBackend;
+  return make(bootstrap, {"", fingerprint(options)}, options, id);
 }
 
 void checkRank(const BufferFacts& facts, int rank) {
@@ -66,7 +67,9 @@ class Buffer::Impl {
       : options(given),
         id(nextBufferId()),
         facts{bootstrap.rank(), bootstrap.size(), id, options},
-        backend_(connect(bootstrap, options, id)) {}
+        backend_(connect(bootstrap, options, id)) {
+    facts.reader = backend_.get();
+  }
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
 
@@ -76,8 +79,12 @@ class Buffer::Impl {
   }
   bool destroyed() const { return backend_ == nullptr; }
 
-  void leave() noexcept { backend_.reset(); }
+  void leave() noexcept {
+    facts.reader = nullptr;
+    backend_.reset();
+  }
   void destroy() {
+    facts.reader = nullptr;
     // The buffer is gone even if saying goodbye to the others fails.
     if (const auto backend = std::move(backend_)) backend->destroy();
   }
@@ -126,7 +133,7 @@ class Buffer::Impl {
 
   BufferOptions options;
   const std::uint64_t id;
-  const BufferFacts facts;
+  BufferFacts facts;
 
  private:
   static void refuseQuietly(Backend& backend, Operation operation, std::string_view why) {
@@ -159,6 +166,7 @@ void Buffer::decline(Bootstrap& bootstrap, std::string_view why) {
 
 int Buffer::rank() const { return impl().facts.rank; }
 int Buffer::size() const { return impl().facts.numRanks; }
+Stream Buffer::commStream() const { return impl().backend().commStream(); }
 const BufferOptions& Buffer::options() const { return impl().options; }
 bool Buffer::destroyed() const { return impl_ == nullptr || impl_->destroyed(); }
 
@@ -166,6 +174,7 @@ void Buffer::getDispatchLayout(const TensorView& topkIdx, std::int64_t numExpert
                                const LayoutOutputs& outputs, const CallOptions& call) const {
   Backend& backend = impl().backend();
   validateCall(impl().facts, call);
+  backend.beginCall(call);
   validateLayout(impl().facts, topkIdx, numExperts, outputs);
   backend.getDispatchLayout(topkIdx, *impl().placement(numExperts), outputs);
 }
@@ -174,9 +183,10 @@ PendingDispatch Buffer::beginDispatch(const DispatchInputs& inputs, const Dispat
                                       const CallOptions& call) {
   DispatchRequest request = impl().checkedOrRefused(Operation::dispatch, [&] {
     validateCall(impl().facts, call);
+    impl().backend().beginCall(call);
     DispatchRequest checked = validateDispatch(impl().facts, inputs, options);
     checked.placement = impl().placement(checked.signature.numExperts);
-    validateExpertCounts(checked);
+    validateExpertCounts(impl().facts, checked);
     return checked;
   });
   request.call = call;
@@ -187,6 +197,7 @@ PendingDispatch Buffer::beginCachedDispatch(const DispatchInputs& inputs,
                                             const DispatchHandle& handle, const CallOptions& call) {
   DispatchRequest request = impl().checkedOrRefused(Operation::cachedDispatch, [&] {
     validateCall(impl().facts, call);
+    impl().backend().beginCall(call);
     DispatchRequest checked = validateCachedDispatch(impl().facts, inputs, handle);
     checked.placement = impl().placement(checked.signature.numExperts);
     return checked;
@@ -216,6 +227,7 @@ void Buffer::combine(const CombineInputs& inputs, const DispatchHandle& handle,
                      const CombineOutputs& outputs, const CallOptions& call) {
   CombineRequest request = impl().checkedOrRefused(Operation::combine, [&] {
     validateCall(impl().facts, call);
+    impl().backend().beginCall(call);
     return validateCombine(impl().facts, inputs, handle, outputs);
   });
   request.call = call;
@@ -228,6 +240,7 @@ PendingReceive Buffer::lowLatencyDispatch(const LowLatencyDispatchInputs& inputs
                                           const CallOptions& call) {
   auto request = impl().checkedOrRefused(Operation::lowLatencyDispatch, [&] {
     validateCall(impl().facts, call);
+    impl().backend().beginCall(call);
     return validateLowLatencyDispatch(impl().facts, inputs, options, outputs);
   });
   request.call = call;
@@ -242,6 +255,7 @@ PendingReceive Buffer::lowLatencyCombine(const LowLatencyCombineInputs& inputs,
                                          const CallOptions& call) {
   auto request = impl().checkedOrRefused(Operation::lowLatencyCombine, [&] {
     validateCall(impl().facts, call);
+    impl().backend().beginCall(call);
     return validateLowLatencyCombine(impl().facts, inputs, handle, options, outputs);
   });
   request.call = call;

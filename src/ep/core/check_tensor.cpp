@@ -43,8 +43,9 @@ bool shapeFits(const Expected& expected, const TensorView& tensor) {
 }
 
 template <typename Index>
-void checkIds(const TensorView& topkIdx, std::int64_t numExperts) {
-  const auto* ids = static_cast<const Index*>(topkIdx.data);
+void checkIds(const TensorView& topkIdx, const BufferFacts& facts, std::int64_t numExperts) {
+  const auto held = facts.read(topkIdx);
+  const auto* ids = static_cast<const Index*>(held.get());
   const std::int64_t count = numElements(topkIdx);
   const std::int64_t topk = topkIdx.shape[1];
   bool sound = true;
@@ -77,14 +78,14 @@ void checkAbsent(const TensorView& tensor, const char* name, const char* why) {
   EP_EXPECTS(!tensor, name, " is ", toString(tensor), "; it must be left out ", why);
 }
 
-void checkTopkIdx(const TensorView& topkIdx, const Device& device, std::int64_t numTokens,
+void checkTopkIdx(const TensorView& topkIdx, const BufferFacts& facts, std::int64_t numTokens,
                   std::int64_t numExperts) {
-  checkTensor(topkIdx, device,
+  checkTensor(topkIdx, facts.options.device,
               {"topk_idx", {DataType::int32, DataType::int64}, {numTokens, kAnyExtent}, "[T, K]"});
   if (topkIdx.dtype == DataType::int32) {
-    checkIds<std::int32_t>(topkIdx, numExperts);
+    checkIds<std::int32_t>(topkIdx, facts, numExperts);
   } else {
-    checkIds<std::int64_t>(topkIdx, numExperts);
+    checkIds<std::int64_t>(topkIdx, facts, numExperts);
   }
 }
 

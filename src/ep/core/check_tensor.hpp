@@ -24,7 +24,7 @@ struct Expected {
 void checkTensor(const TensorView& tensor, const Device& device, const Expected& expected);
 void checkAbsent(const TensorView& tensor, const char* name, const char* why);
 /// The dtype, the shape and every id. `numTokens` may be kAnyExtent.
-void checkTopkIdx(const TensorView& topkIdx, const Device& device, std::int64_t numTokens,
+void checkTopkIdx(const TensorView& topkIdx, const BufferFacts& facts, std::int64_t numTokens,
                   std::int64_t numExperts);
 void checkNumExperts(const BufferFacts& facts, std::int64_t numExperts);
 

@@ -32,6 +32,7 @@ struct HandleState {
   std::vector<std::int64_t> firstRowAt;  ///< [R] row of this rank's first token at each receiver
   std::vector<std::int64_t> capacityAt;  ///< [R] rows each receiver had room for
   Tensor sendHead;
+  std::shared_ptr<const std::byte> headOnGpu;  ///< [T, R] int32 plan->head, if rows are on a GPU
   Tensor isTokenInRank;
 
   // As a receiver.

@@ -16,9 +16,10 @@ constexpr double kLongestTimeout = 1e9;
 
 /// The choices of tokens that go to the rank of their expert, by expert.
 template <typename Index>
-std::vector<std::int64_t> countChoices(const DispatchRequest& request) {
+std::vector<std::int64_t> countChoices(const BufferFacts& facts, const DispatchRequest& request) {
   const TensorView& topkIdx = request.inputs.topkIdx;
-  const auto* ids = static_cast<const Index*>(topkIdx.data);
+  const auto held = facts.read(topkIdx);
+  const auto* ids = static_cast<const Index*>(held.get());
   const auto* heads = request.plan->head.data();
   const auto ranks = static_cast<std::int64_t>(request.plan->numRows.size());
   std::vector<std::int64_t> counts(static_cast<std::size_t>(request.placement->numExperts()));
@@ -33,17 +34,18 @@ std::vector<std::int64_t> countChoices(const DispatchRequest& request) {
   return counts;
 }
 
-void checkCounts(const BufferFacts& facts, const DispatchInputs& inputs, const SendPlan& plan) {
-  const auto* perRank = static_cast<const std::int32_t*>(inputs.numTokensPerRank.data);
+void checkCounts(const BufferFacts& facts, const DispatchRequest& request) {
+  const SendPlan& plan = *request.plan;
+  const auto held = facts.read(request.inputs.numTokensPerRank);
+  const auto* perRank = static_cast<const std::int32_t*>(held.get());
   for (int r = 0; r < facts.numRanks; ++r) {
     EP_EXPECTS(perRank[r] == plan.numRows[static_cast<std::size_t>(r)], "num_tokens_per_rank[", r,
                "] is ", perRank[r], ", but is_token_in_rank sends ",
                plan.numRows[static_cast<std::size_t>(r)], " tokens to rank ", r);
   }
-  const auto* perExpert = static_cast<const std::int32_t*>(inputs.numTokensPerExpert.data);
-  for (std::int64_t e = 0; e < inputs.numTokensPerExpert.shape[0]; ++e) {
-    EP_EXPECTS(perExpert[e] >= 0, "num_tokens_per_expert[", e, "] is ", perExpert[e],
-               "; it must not be negative");
+  for (std::size_t e = 0; e < request.perExpert.size(); ++e) {
+    EP_EXPECTS(request.perExpert[e] >= 0, "num_tokens_per_expert[", e, "] is ",
+               request.perExpert[e], "; it must not be negative");
   }
 }
 
@@ -67,7 +69,7 @@ void describeTopk(const BufferFacts& facts, const DispatchInputs& inputs, Signat
   EP_EXPECTS(!inputs.topkIdx == !inputs.topkWeights, "topk_idx is ", toString(inputs.topkIdx),
              " and topk_weights is ", toString(inputs.topkWeights), "; give both or neither");
   if (!inputs.topkIdx) return;
-  checkTopkIdx(inputs.topkIdx, facts.options.device, inputs.x.shape[0], signature.numExperts);
+  checkTopkIdx(inputs.topkIdx, facts, inputs.x.shape[0], signature.numExperts);
   signature.topk = inputs.topkIdx.shape[1];
   checkTensor(inputs.topkWeights, facts.options.device,
               {"topk_weights",
@@ -128,6 +130,7 @@ void validateOptions(const BufferOptions& options, int numRanks) {
 void validateCall(const BufferFacts& facts, const CallOptions& call) {
   EP_EXPECTS(facts.options.device.type != DeviceType::cpu || !call.stream.given(),
              "a stream was given to a buffer on the CPU, which takes none");
+  EP_EXPECTS(call.numSms >= 0, "num_sms is ", call.numSms, "; it must not be negative");
 }
 
 void validateLayout(const BufferFacts& facts, const TensorView& topkIdx, std::int64_t numExperts,
@@ -135,7 +138,7 @@ void validateLayout(const BufferFacts& facts, const TensorView& topkIdx, std::in
   const Device& device = facts.options.device;
   checkNumExperts(facts, numExperts);
   EP_EXPECTS(topkIdx, "topk_idx is missing; it must be [T, K]");
-  checkTopkIdx(topkIdx, device, kAnyExtent, numExperts);
+  checkTopkIdx(topkIdx, facts, kAnyExtent, numExperts);
   const DataType count = DataType::int32;
   checkTensor(outputs.numTokensPerRank, device,
               {"num_tokens_per_rank", {count}, {facts.numRanks}, "[R]"});
@@ -171,10 +174,14 @@ DispatchRequest validateDispatch(const BufferFacts& facts, const DispatchInputs&
   checkDispatchOptions(options, signature.topk >= 0);
   EP_EXPECTS(request.numTokens <= std::numeric_limits<std::int32_t>::max(), "x is ",
              toString(inputs.x), "; T must be below 2^31");
-  const std::span inRank(static_cast<const std::uint8_t*>(inputs.isTokenInRank.data),
+  const auto held = facts.read(inputs.isTokenInRank);
+  const std::span inRank(static_cast<const std::uint8_t*>(held.get()),
                          static_cast<std::size_t>(numElements(inputs.isTokenInRank)));
   request.plan = std::make_shared<SendPlan>(planSend(inRank, request.numTokens, facts.numRanks));
-  checkCounts(facts, inputs, *request.plan);
+  const auto counts = facts.read(inputs.numTokensPerExpert);
+  const auto* perExpert = static_cast<const std::int32_t*>(counts.get());
+  request.perExpert.assign(perExpert, perExpert + signature.numExperts);
+  checkCounts(facts, request);
   return request;
 }
 
@@ -200,12 +207,12 @@ DispatchRequest validateCachedDispatch(const BufferFacts& facts, const DispatchI
   return request;
 }
 
-void validateExpertCounts(const DispatchRequest& request) {
+void validateExpertCounts(const BufferFacts& facts, const DispatchRequest& request) {
   if (!request.inputs.topkIdx) return;
   const auto counts = request.inputs.topkIdx.dtype == DataType::int32
-                          ? countChoices<std::int32_t>(request)
-                          : countChoices<std::int64_t>(request);
-  const auto* given = static_cast<const std::int32_t*>(request.inputs.numTokensPerExpert.data);
+                          ? countChoices<std::int32_t>(facts, request)
+                          : countChoices<std::int64_t>(facts, request);
+  const std::vector<std::int32_t>& given = request.perExpert;
   for (std::size_t e = 0; e < counts.size(); ++e) {
     EP_EXPECTS(given[e] == counts[e], "num_tokens_per_expert[", e, "] is ", given[e],
                ", but topk_idx and is_token_in_rank send ", counts[e], " choices to expert ", e);

@@ -16,6 +16,11 @@ struct BufferFacts {
   int numRanks = 1;
   std::uint64_t bufferId = 0;
   const BufferOptions& options;
+  TensorReader* reader = nullptr;  ///< null: tensors are read in place
+
+  std::shared_ptr<const void> read(const TensorView& tensor) const {
+    return reader != nullptr ? reader->read(tensor) : TensorReader().read(tensor);
+  }
 };
 
 void validateOptions(const BufferOptions& options, int numRanks);
@@ -26,14 +31,15 @@ void validateCall(const BufferFacts& facts, const CallOptions& call);
 void validateLayout(const BufferFacts& facts, const TensorView& topkIdx, std::int64_t numExperts,
                     const LayoutOutputs& outputs);
 
-/// `signature`, `inputs`, `options`, `numTokens` and `plan` are filled in; the rest is not.
+/// `signature`, `inputs`, `options`, `numTokens`, `plan` and `perExpert` are filled in; the rest is
+/// not.
 /// validateExpertCounts() follows when `placement` is, too.
 DispatchRequest validateDispatch(const BufferFacts& facts, const DispatchInputs& inputs,
                                  const DispatchOptions& options);
 DispatchRequest validateCachedDispatch(const BufferFacts& facts, const DispatchInputs& inputs,
                                        const DispatchHandle& handle);
 /// Counts per expert are those of the choices of the tokens that go to the expert's rank.
-void validateExpertCounts(const DispatchRequest& request);
+void validateExpertCounts(const BufferFacts& facts, const DispatchRequest& request);
 void validateDispatchOutputs(const PendingState& pending, const DispatchOutputs& outputs);
 
 CombineRequest validateCombine(const BufferFacts& facts, const CombineInputs& inputs,

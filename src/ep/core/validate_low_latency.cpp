@@ -20,6 +20,14 @@ struct Extents {
   std::int64_t ranks;
 };
 
+/// The GPU has no low-latency mode yet.
+void requireLowLatency(const BufferFacts& facts) {
+  if (facts.options.device.type == DeviceType::cpu) return;
+  throw NotBuilt(
+      "low-latency operations on a GPU are not in this version of mscclpp_ep; use dispatch and "
+      "combine, or a buffer on the CPU");
+}
+
 Extents extentsOf(const BufferFacts& facts, const LowLatencyDispatchOptions& options) {
   checkNumExperts(facts, options.numExperts);
   const ExpertPlacement placement(options.numExperts, facts.numRanks, facts.options.expertMap);
@@ -49,7 +57,7 @@ void checkDispatchInputs(const BufferFacts& facts, const LowLatencyDispatchInput
              "; T must be at most num_max_dispatch_tokens_per_rank, ", options.maxTokensPerRank);
   checkQuantization(inputs, options.quantization);
   EP_EXPECTS(inputs.topkIdx, "topk_idx is missing; it must be [T, K]");
-  checkTopkIdx(inputs.topkIdx, device, inputs.x.shape[0], options.numExperts);
+  checkTopkIdx(inputs.topkIdx, facts, inputs.x.shape[0], options.numExperts);
   if (!inputs.topkWeights) return;
   checkTensor(inputs.topkWeights, device,
               {"topk_weights",
@@ -161,6 +169,7 @@ LowLatencyDispatchRequest validateLowLatencyDispatch(const BufferFacts& facts,
                                                      const LowLatencyDispatchInputs& inputs,
                                                      const LowLatencyDispatchOptions& options,
                                                      const LowLatencyDispatchOutputs& outputs) {
+  requireLowLatency(facts);
   LowLatencyDispatchRequest request{.signature = {},
                                     .inputs = inputs,
                                     .options = options,
@@ -187,6 +196,7 @@ LowLatencyCombineRequest validateLowLatencyCombine(const BufferFacts& facts,
                                                    const LowLatencyHandle& handle,
                                                    const LowLatencyCombineOptions& options,
                                                    const LowLatencyCombineOutputs& outputs) {
+  requireLowLatency(facts);
   const Device& device = facts.options.device;
   const LowLatencyState& state = checkHandle(facts, handle);
   checkTensor(

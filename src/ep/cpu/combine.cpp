@@ -5,7 +5,7 @@
 
 #include "cpu/columns.hpp"
 #include "cpu/integrity.hpp"
-#include "cpu/rounds.hpp"
+#include "host/rounds.hpp"
 
 namespace mscclpp_ep::cpu {
 

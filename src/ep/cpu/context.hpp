@@ -2,86 +2,28 @@
 #ifndef MSCCLPP_EP_CPU_CONTEXT_HPP_
 #define MSCCLPP_EP_CPU_CONTEXT_HPP_
 
-#include <cstdint>
-#include <string>
-
-#include "core/agreement.hpp"
-#include "core/memory_map.hpp"
-#include "cpu/arena.hpp"
 #include "cpu/host_pool.hpp"
 #include "cpu/simd.hpp"
 #include "cpu/workers.hpp"
-#include "mscclpp_ep/buffer.hpp"
-#include "mscclpp_ep/error.hpp"
-#include "transport/mailbox.hpp"
-#include "transport/trace.hpp"
-#include "transport/transport.hpp"
+#include "host/context.hpp"
 
 namespace mscclpp_ep::cpu {
 
-/// The parts of a rank that its operations work with.
-struct Context {
-  Transport& transport;
-  Mailbox& mailbox;
-  Arena& arena;
+/// What moves rows on the CPU.
+struct Movers {
   HostPool& pool;
   Workers& workers;
   const RowKernels& kernels;
-  BufferStats& stats;
-  Trace& trace;
-  std::uint64_t bufferId = 0;
-  std::uint64_t epoch = 0;  ///< of the current operation
-  Lane lane = Lane::highThroughput;
-  bool shrink = false;     ///< go on without ranks that fail
-  bool integrity = false;  ///< rows carry what they are checked by
+};
+
+/// The parts of a rank that its operations work with.
+struct Context : HostContext, Movers {
+  Context(const HostContext& host, const Movers& movers) : HostContext(host), Movers(movers) {}
 
   /// The same parts, on a lane with a mailbox of its own.
   Context onLane(Mailbox& itsMailbox, Lane which) const {
-    return {transport, itsMailbox, arena, pool,  workers, kernels,  stats,
-            trace,     bufferId,   0,     which, shrink,  integrity};
-  }
-
-  int rank() const { return transport.rank(); }
-  int size() const { return transport.size(); }
-
-  bool masked(int peer) const { return transport.masked(peer); }
-  bool masked(std::size_t peer) const { return masked(static_cast<int>(peer)); }
-
-  /// As Transport::requireNobodyGaveUp, but where ranks are masked that only ends the operation.
-  void requireNobodyGaveUp() const {
-    try {
-      transport.requireNobodyGaveUp();
-    } catch (const PeerFailure&) {
-      if (!shrink) throw;
-      throw OperationRefused{std::current_exception()};
-    }
-  }
-
-  /// Raises a progress word at `peer`: `rows` so far in this operation. The word carries one more,
-  /// so that one never written, which is 0, is no word of an operation whose tag is 0.
-  /// A masked peer may still wait for the word of an operation before: that one stays.
-  void raise(Progress which, int peer, std::int64_t rows) const {
-    if (masked(peer)) return;
-    word(peer, which, rank()).store(packSignal(static_cast<std::uint32_t>(rows + 1), epoch));
-    transport.ring(peer);
-  }
-  /// Rows that `peer` has raised at this rank in this operation; -1: no word of it yet.
-  std::int64_t raised(Progress which, int peer) const {
-    const std::uint64_t signal = word(rank(), which, peer).load();
-    const bool current = signalTag(signal) == static_cast<std::uint32_t>(epoch);
-    return current ? std::int64_t{signalValue(signal)} - 1 : -1;
-  }
-  /// Whether `peer` has raised a word at this rank in operation `past` or a later one.
-  bool hasRaisedSince(Progress which, int peer, std::uint64_t past) const {
-    const std::uint64_t signal = word(rank(), which, peer).load();
-    const auto ahead = signalTag(signal) - static_cast<std::uint32_t>(past);
-    return signalValue(signal) != 0 && static_cast<std::int32_t>(ahead) >= 0;
-  }
-
- private:
-  SharedWord& word(int owner, Progress which, int writer) const {
-    const ControlMap map(size());
-    return sharedWord(transport.control(owner), map.progress(lane, which, writer));
+    return {{transport, itsMailbox, arena, stats, trace, bufferId, 0, which, shrink, integrity},
+            *this};
   }
 };
 

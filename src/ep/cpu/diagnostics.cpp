@@ -18,7 +18,7 @@ std::map<std::string, std::string> buildInfo() {
       {"compiler", cat("gcc-compatible ", __VERSION__)},
       {"simd", std::string(cpu::rowKernels().name)},
       {"simd_available", available},
-      {"cuda", "no"},
+      {"cuda", isCudaBuilt() ? "yes" : "no"},
       {"mscclpp", "no"},
       {"ucx", "no"},
   };

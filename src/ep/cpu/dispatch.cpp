@@ -9,7 +9,7 @@
 #include "cpu/columns.hpp"
 #include "cpu/integrity.hpp"
 #include "cpu/landing.hpp"
-#include "cpu/rounds.hpp"
+#include "host/rounds.hpp"
 
 namespace mscclpp_ep::cpu {
 
@@ -24,15 +24,6 @@ std::shared_ptr<std::vector<T>> shared(std::vector<T> values) {
   return std::make_shared<std::vector<T>>(std::move(values));
 }
 
-std::vector<std::int64_t> keptFrom(const DispatchPlan& plan) {
-  std::vector<std::int64_t> kept;
-  kept.reserve(plan.numRowsFrom.size());
-  for (std::size_t r = 0; r < plan.numRowsFrom.size(); ++r) {
-    kept.push_back(rowsKept(plan.firstRowFrom[r], plan.numRowsFrom[r], plan.numRows));
-  }
-  return kept;
-}
-
 /// The second half of a dispatch, on one rank.
 class RowMover {
  public:
@@ -42,7 +33,7 @@ class RowMover {
         request_(request),
         plan_(plan),
         writer_(request, context),
-        numKeptFrom_(keptFrom(plan)),
+        numKeptFrom_(plan.numKeptFrom()),
         landing_(context, numKeptFrom_, plan.firstRowFrom),
         targets_(static_cast<std::size_t>(context.size())) {
     try {
@@ -398,11 +389,7 @@ Tensor wrap(std::shared_ptr<void> owner, const void* data, DataType dtype, std::
 }
 
 std::shared_ptr<const HandleState> RowMover::makeHandle() {
-  auto state = request_.cached != nullptr ? std::make_shared<HandleState>(*request_.cached)
-                                          : std::make_shared<HandleState>();
-  state->epoch = context_.epoch;
-  state->firstRowAt.clear();
-  state->capacityAt.clear();
+  auto state = describeRouting(context_, request_, plan_);
   for (const RowWriter::Target& target : targets_) {
     state->firstRowAt.push_back(target.firstRow);
     state->capacityAt.push_back(target.capacity);
@@ -410,28 +397,12 @@ std::shared_ptr<const HandleState> RowMover::makeHandle() {
   if (request_.cached != nullptr) return state;
 
   const auto ranks = static_cast<std::int64_t>(numRanks());
-  state->bufferId = context_.bufferId;
-  state->layout = request_.options.layout;
-  state->numTokens = request_.numTokens;
-  state->hidden = request_.signature.hidden;
-  state->topk = request_.signature.topk;
-  state->numExperts = request_.signature.numExperts;
-  state->opaqueRows = isOpaque(request_.inputs.x.dtype);
-  state->plan = request_.plan;
   // Callers may write to what the handle shows; the routing itself stays as it is.
   const auto heads = shared(request_.plan->head);
   state->sendHead = wrap(heads, heads->data(), DataType::int32, request_.numTokens, ranks);
   const auto* inRank = static_cast<const std::uint8_t*>(request_.inputs.isTokenInRank.data);
   auto copy = shared(std::vector<std::uint8_t>(inRank, inRank + request_.numTokens * ranks));
   state->isTokenInRank = wrap(copy, copy->data(), DataType::boolean, request_.numTokens, ranks);
-  state->numRows = plan_.numRows;
-  state->firstRowFrom = plan_.firstRowFrom;
-  state->numRowsFrom = plan_.numRowsFrom;
-  state->perExpert = plan_.perExpert;
-  for (std::size_t r = 0; r < numRanks(); ++r) {
-    state->rankPrefixSum.push_back(
-        static_cast<std::int32_t>(plan_.firstRowFrom[r] + plan_.numRowsFrom[r]));
-  }
   state->sourceIndex = sourceIndex_;
   if (context_.integrity) {
     const auto* tokens = static_cast<const std::int32_t*>(sourceIndex_.view.data);
@@ -446,13 +417,6 @@ std::shared_ptr<const HandleState> moveRows(Context& context, const DispatchRequ
                                             const DispatchPlan& plan,
                                             const DispatchOutputs& outputs) {
   return RowMover(context, request, plan, outputs).run();
-}
-
-void abandonRows(Context& context, Verdict verdict, std::string_view why) {
-  const std::vector<Message> outgoing(static_cast<std::size_t>(context.size()),
-                                      encode(refusal(verdict, why)));
-  context.mailbox.post(context.epoch, static_cast<std::uint32_t>(Round::publish), outgoing,
-                       "room for a message");
 }
 
 }  // namespace mscclpp_ep::cpu

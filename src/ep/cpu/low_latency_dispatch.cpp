@@ -7,7 +7,7 @@
 #include "cpu/columns.hpp"
 #include "cpu/integrity.hpp"
 #include "cpu/low_latency.hpp"
-#include "cpu/rounds.hpp"
+#include "host/rounds.hpp"
 
 namespace mscclpp_ep::cpu {
 

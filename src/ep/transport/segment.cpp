@@ -36,6 +36,20 @@ std::byte* mapShared(int fd, std::size_t bytes) {
   return static_cast<std::byte*>(data);
 }
 
+void unmapHost(std::byte* data, std::size_t bytes) { ::munmap(data, bytes); }
+
+class HostSegments final : public SegmentSource {
+ public:
+  std::int64_t available() const override { return availableMemory(); }
+  std::shared_ptr<Segment> create(std::size_t bytes) const override {
+    return Segment::create(bytes);
+  }
+  std::uint64_t bytesBehind(int fd) const override { return fileBytes(fd); }
+  std::shared_ptr<Segment> map(FileDescriptor fd, std::size_t bytes) const override {
+    return Segment::map(std::move(fd), bytes);
+  }
+};
+
 struct Registry {
   std::mutex mutex;
   std::map<SegmentRegistry::Name, std::weak_ptr<Segment>> segments;
@@ -54,10 +68,10 @@ std::uint64_t fileBytes(int fd) {
   return static_cast<std::uint64_t>(facts.st_size);
 }
 
-Segment::Segment(FileDescriptor fd, std::byte* data, std::size_t bytes)
-    : fd_(std::move(fd)), data_(data), bytes_(bytes) {}
+Segment::Segment(FileDescriptor fd, std::byte* data, std::size_t bytes, Unmap unmap)
+    : fd_(std::move(fd)), data_(data), bytes_(bytes), unmap_(std::move(unmap)) {}
 
-Segment::~Segment() { ::munmap(data_, bytes_); }
+Segment::~Segment() { unmap_(data_, bytes_); }
 
 std::shared_ptr<Segment> Segment::create(std::size_t bytes) {
   requireMemory(static_cast<std::int64_t>(bytes), "shared memory");
@@ -66,17 +80,22 @@ std::shared_ptr<Segment> Segment::create(std::size_t bytes) {
   EP_SYS_TRY(::ftruncate(fd.get(), static_cast<off_t>(bytes)), "cannot size shared memory to ",
              bytes, " bytes");
   std::byte* data = mapShared(fd.get(), bytes);
-  auto segment = std::make_shared<Segment>(std::move(fd), data, bytes);
+  auto segment = std::make_shared<Segment>(std::move(fd), data, bytes, unmapHost);
   touch(data, bytes);
   return segment;
 }
 
 std::shared_ptr<Segment> Segment::map(FileDescriptor fd, std::size_t bytes) {
   std::byte* data = mapShared(fd.get(), bytes);
-  auto segment = std::make_shared<Segment>(std::move(fd), data, bytes);
+  auto segment = std::make_shared<Segment>(std::move(fd), data, bytes, unmapHost);
   segment->closeFd();
   touch(data, bytes);
   return segment;
+}
+
+std::shared_ptr<const SegmentSource> hostSegments() {
+  static const auto instance = std::make_shared<const HostSegments>();
+  return instance;
 }
 
 std::uint64_t SegmentRegistry::newRank() {

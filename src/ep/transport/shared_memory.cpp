@@ -41,6 +41,7 @@ SharedMemory::SharedMemory(Bootstrap& bootstrap, SharedMemoryOptions options)
       timeout_(options.connect.timeout),
       pollInterrupt_(options.connect.pollInterrupt),
       shrink_(options.shrink),
+      segments_(options.segments),
       process_(::getpid()),
       peers_(static_cast<std::size_t>(bootstrap.size())) {
   std::exception_ptr failure;
@@ -102,10 +103,10 @@ Doorbell SharedMemory::doorbell(int peer) const {
 }
 
 SharedBlock SharedMemory::share(std::size_t bytes) {
-  const std::shared_ptr<Segment> segment = Segment::create(bytes);
+  const std::shared_ptr<Segment> segment = segments_->create(bytes);
   const std::uint32_t id = nextSegment_++;
   SegmentRegistry::add({localRank_, id}, segment);
-  announce(id, bytes, segment->fd());
+  announce(id, segment->bytes(), segment->fd());
   segment->closeFd();
   at(rank_).segments[id] = segment;
   return {id, segment->data(), segment->bytes(), segment};
@@ -193,13 +194,15 @@ std::byte* SharedMemory::peerMemory(int peer, std::uint32_t id, std::uint64_t of
 }
 
 /// Access to memory beyond the end of its file would end this process.
-std::shared_ptr<Segment> SharedMemory::mapAnnounced(int peer, FileDescriptor fd,
+std::shared_ptr<Segment> SharedMemory::mapAnnounced(int peer, std::uint32_t id, FileDescriptor fd,
                                                     std::uint64_t bytes) {
-  const std::uint64_t found = fileBytes(fd.get());
+  // Signals are exchanged in the memory of the host, wherever rows are.
+  const auto& source = id == kControlSegment ? hostSegments() : segments_;
+  const std::uint64_t found = source->bytesBehind(fd.get());
   if (bytes > found) {
     throw PeerFailure(cat("rank ", peer, " shared ", bytes, " bytes of memory that has ", found));
   }
-  return Segment::map(std::move(fd), bytes);
+  return source->map(std::move(fd), bytes);
 }
 
 /// Maps the segments that a peer has announced, and notices its end.
@@ -229,7 +232,8 @@ void SharedMemory::takeMessages(int peer) {
       from.segments.erase(old);
     }
     if (announcement.bytes == 0) continue;
-    from.segments[announcement.id] = mapAnnounced(peer, std::move(received.fd), announcement.bytes);
+    from.segments[announcement.id] =
+        mapAnnounced(peer, announcement.id, std::move(received.fd), announcement.bytes);
   }
 }
 

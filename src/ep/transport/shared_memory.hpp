@@ -21,6 +21,8 @@ namespace mscclpp_ep {
 struct SharedMemoryOptions {
   ConnectOptions connect;
   bool shrink = false;  ///< mask a rank that fails or is too slow, instead of failing with it
+  /// What share() takes memory from.
+  std::shared_ptr<const SegmentSource> segments = hostSegments();
 };
 
 /// The ranks of one host, as processes or as threads.
@@ -33,6 +35,7 @@ class SharedMemory final : public Transport {
   int ranksOnHost() const override { return size(); }
   std::byte* control(int peer) const override { return at(peer).control->data(); }
   void ring(int peer) override { doorbell(peer).ring(); }
+  std::int64_t shareableBytes() const override { return segments_->available(); }
   SharedBlock share(std::size_t bytes) override;
   void unshare(std::uint32_t id) override;
   std::byte* peerMemory(int peer, std::uint32_t id, std::uint64_t offset,
@@ -70,7 +73,8 @@ class SharedMemory final : public Transport {
   void announce(std::uint32_t id, std::size_t bytes, int fd);
   std::shared_ptr<Segment> findSegment(int peer, std::uint32_t id);
   std::shared_ptr<Segment> findControl(int peer);
-  std::shared_ptr<Segment> mapAnnounced(int peer, FileDescriptor fd, std::uint64_t bytes);
+  std::shared_ptr<Segment> mapAnnounced(int peer, std::uint32_t id, FileDescriptor fd,
+                                        std::uint64_t bytes);
   std::shared_ptr<Segment> findThreadsSegment(int peer, std::uint32_t id);
   void forgetThreadsSegments();
   std::shared_ptr<Segment> createControl(ConnectOptions& options, std::exception_ptr& failure);
@@ -100,6 +104,7 @@ class SharedMemory final : public Transport {
   const std::chrono::duration<double> timeout_;
   const std::function<void()> pollInterrupt_;
   const bool shrink_;
+  const std::shared_ptr<const SegmentSource> segments_;
   const pid_t process_;
   std::vector<Peer> peers_;
   std::vector<std::shared_ptr<Segment>> retired_;  ///< unshared in this operation

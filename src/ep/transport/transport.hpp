@@ -47,6 +47,8 @@ class Transport {
   /// Wakes `peer` after a store to its control segment.
   virtual void ring(int peer) = 0;
 
+  /// Bytes that share() can take now.
+  virtual std::int64_t shareableBytes() const = 0;
   /// Shares new memory with every peer.
   virtual SharedBlock share(std::size_t bytes) = 0;
   /// Lets peers forget memory that was shared. None of them may be using it.

@@ -48,8 +48,8 @@ Bytes bytesOf(const T& value) {
 
 /// Where `pattern` is in `memory`, or null. Looks at memory that peers write to, without their
 /// leave, which is a race by design.
-[[gnu::no_sanitize("thread")]] std::byte* findIn(std::span<std::byte> memory,
-                                                 const Bytes& pattern) {
+__attribute__((no_sanitize("thread"))) std::byte* findIn(std::span<std::byte> memory,
+                                                         const Bytes& pattern) {
   if (memory.size() < pattern.size()) return nullptr;
   for (std::size_t at = 0; at <= memory.size() - pattern.size(); ++at) {
     std::size_t same = 0;
@@ -79,6 +79,7 @@ class Faulty final : public Transport {
     return inner_.control(peer);
   }
   void ring(int peer) override { inner_.ring(peer); }
+  std::int64_t shareableBytes() const override { return inner_.shareableBytes(); }
   SharedBlock share(std::size_t bytes) override {
     SharedBlock block = inner_.share(bytes);
     own_.emplace_back(block.data, block.bytes);
@@ -114,7 +115,7 @@ class Faulty final : public Transport {
     options.connect.timeout = testing::kLongTimeout;
     return options;
   }
-  [[gnu::no_sanitize("thread")]] void tamper() const {
+  __attribute__((no_sanitize("thread"))) void tamper() const {
     if (pattern_.empty() || damaged_) return;
     // Peers' memory first: a copy here may be one that stays on this rank.
     for (const auto* regions : {&peers_, &own_}) {
@@ -151,19 +152,9 @@ class Rank {
  public:
   Rank(Bootstrap& bootstrap, bool integrity)
       : transport(bootstrap),
-        context{transport,
-                mailbox_,
-                arena_,
-                pool_,
-                workers_,
-                rowKernels(),
-                stats_,
-                trace_,
-                kBufferId,
-                0,
-                Lane::highThroughput,
-                false,
-                integrity} {
+        context{{transport, mailbox_, arena_, stats_, trace_, kBufferId, 0, Lane::highThroughput,
+                 false, integrity},
+                {pool_, workers_, rowKernels()}} {
     for (std::int64_t t = 0; t < kTokens; ++t) {
       std::fill_n(x_.begin() + t * static_cast<std::int64_t>(kRowBytes), kRowBytes,
                   dispatchedByte(bootstrap.rank(), t));

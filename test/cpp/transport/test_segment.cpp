@@ -99,7 +99,8 @@ TEST_CASE("threads may use the registry at once") {
   CHECK_NOTHROW(testing::runThreads(4, [](int) {
     for (int i = 0; i < 300; ++i) {
       const std::uint64_t rank = SegmentRegistry::newRank();
-      const auto segment = std::make_shared<Segment>(FileDescriptor(), nullptr, 0);
+      const auto segment =
+          std::make_shared<Segment>(FileDescriptor(), nullptr, 0, [](std::byte*, std::size_t) {});
       SegmentRegistry::add({rank, 0}, segment);
       testing::require(SegmentRegistry::find({rank, 0}) == segment, "a segment is found");
       SegmentRegistry::removeRank(rank);

@@ -41,6 +41,7 @@ class FakePeer final : public Transport {
     return control_[static_cast<std::size_t>(peer)].get();
   }
   void ring(int /*peer*/) override {}
+  std::int64_t shareableBytes() const override { return std::int64_t{1} << 40; }
   SharedBlock share(std::size_t bytes) override {
     const auto data = makePages(bytes);
     return {nextSegment_++, data.get(), bytes, data};

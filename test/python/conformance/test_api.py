@@ -20,3 +20,10 @@ def test_arguments_and_defaults(ranks, name):
 @pytest.mark.parametrize("program", api.SMALL_PROGRAMS, ids=lambda program: program.__name__)
 def test_api(ranks, program):
     ranks.check(program)
+
+
+@alone
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("program", api.CPU_PROGRAMS, ids=lambda program: program.__name__)
+def test_api_on_the_cpu(ranks, program):
+    ranks.check(program)

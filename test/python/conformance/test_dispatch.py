@@ -71,4 +71,4 @@ def test_inputs_are_only_read(ranks, dtype, seed):
 
 
 def test_results_are_of_the_callers_framework(ranks, seed):
-    ranks.check(basics.numpy_in_numpy_out, Case(dtype="bfloat16"), seed)
+    ranks.check(basics.same_framework_in_and_out, Case(dtype="bfloat16"), seed)

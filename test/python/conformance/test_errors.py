@@ -11,8 +11,12 @@ few = pytest.mark.ranks(1, 3)
 several = pytest.mark.ranks(2, 3, 8)
 
 
+def named(name: str):
+    return pytest.param(name, marks=[pytest.mark.cpu_only] * (name in errors.CPU_MISTAKES))
+
+
 @few
-@pytest.mark.parametrize("name", list(errors.MISTAKES))
+@pytest.mark.parametrize("name", [named(name) for name in errors.MISTAKES])
 def test_mistake(ranks, name, seed):
     ranks.check(errors.refused, name, seed)
 

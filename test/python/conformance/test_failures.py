@@ -126,11 +126,13 @@ def test_interrupt(ranks, seed):
     expect_named(victim, outcomes)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.ranks(1, 2, modes=("process",))
 def test_forked_child_is_refused(ranks, seed):
     ranks.check(failures.forked, seed)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.ranks(1, 3)
 def test_size_is_a_hint(ranks, seed):
     ranks.check(failures.starts_small, seed)

@@ -8,6 +8,8 @@ import pytest
 from harness.cases import Case, Scales
 from harness.programs import integrity
 
+pytestmark = pytest.mark.cpu_only
+
 CASES = [
     Case("plain"),
     Case("odd", hidden=7, experts=5, topk=3, tokens=(11, 0, 30), index="int32"),

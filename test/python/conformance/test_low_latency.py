@@ -9,6 +9,8 @@ from harness.cases import ROUTINGS
 from harness.low_latency import KINDS, Case
 from harness.programs import low_latency
 
+pytestmark = pytest.mark.cpu_only
+
 FLOATS = ("bfloat16", "float16", "float32")
 few = pytest.mark.ranks(1, 3)
 several = pytest.mark.ranks(2, 3, 8)

@@ -7,6 +7,8 @@ import pytest
 
 from harness.programs import low_latency_errors as errors
 
+pytestmark = pytest.mark.cpu_only
+
 few = pytest.mark.ranks(1, 3)
 several = pytest.mark.ranks(2, 3, 8)
 

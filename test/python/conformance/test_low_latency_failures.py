@@ -18,6 +18,8 @@ from conformance.test_failures import (
 )
 from harness.programs import low_latency_failures as failures
 
+pytestmark = pytest.mark.cpu_only
+
 
 def expect_all_well(outcomes) -> None:
     assert [str(o.failure) for o in outcomes] == ["None"] * len(outcomes)

@@ -17,6 +17,8 @@ from conformance.test_failures import (
 from conformance.test_low_latency_failures import expect_all_well
 from harness.programs import masks
 
+pytestmark = pytest.mark.cpu_only
+
 STOPPED_FOR = 2.0
 
 

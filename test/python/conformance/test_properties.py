@@ -105,6 +105,7 @@ def test_round_trip_with_worst_tokens(ranks, case, seed):
     ranks.check(basics.drops_are_reported, case, seed)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.ranks(1, 3, modes=("thread",))
 @settings(examples, max_examples=60)
 @given(case=low_latency_cases, seed=seeds)
@@ -112,6 +113,7 @@ def test_low_latency_round_trip(ranks, case, seed):
     ranks.check(low_latency.check, case, seed)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.slow
 @pytest.mark.ranks(2, 8)
 @settings(examples, max_examples=200)

@@ -20,17 +20,20 @@ def test_soak_with_more_ranks_than_cores(ranks, seed):
     ranks.check(sequences.soak, 200, seed, timeout=120)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.ranks(3)
 def test_short_soak_of_both_modes(ranks, seed):
     ranks.check(sequences.mixed_soak, 120, seed)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.slow
 @pytest.mark.ranks(3)
 def test_soak_of_both_modes(ranks, seed):
     ranks.check(sequences.mixed_soak, 2000, seed, timeout=240)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.slow
 @pytest.mark.ranks(8)
 def test_soak_of_both_modes_with_more_ranks_than_cores(ranks, seed):

@@ -6,6 +6,7 @@ A further backend is one more class here; cases, programs and the oracle stay as
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 
 
@@ -29,5 +30,86 @@ class Cpu:
         """The bytes of `tensor` as they are now."""
         return np.asarray(tensor)
 
+    def write(self, tensor, values) -> None:
+        """Writes to a tensor of the library's."""
+        np.asarray(tensor)[...] = values
 
-BACKENDS = {backend.name: backend for backend in (Cpu,)}
+    def dtype(self, dtype: np.dtype | type):
+        """What the framework of the tensors calls a dtype."""
+        return dtype
+
+    def read_only(self, tensor):
+        """A copy that the framework lets nobody write to, if it can."""
+        copy = np.array(tensor)
+        copy.setflags(write=False)
+        return copy
+
+
+# Types that every framework copies bit by bit, by their size.
+INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
+DELAY = 200_000  # cycles of a GPU
+
+
+class Cuda:
+    """Buffers on a GPU, tensors of Torch; ranks beyond the number of GPUs share them.
+
+    Made in the thread of its rank, whose current GPU and stream, not the default one, it sets.
+    """
+
+    name = "cuda"
+
+    def __init__(self, rank: int) -> None:
+        import torch
+
+        self.rank, self.torch = rank, torch
+        self.device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(self.device)
+        torch.cuda.set_stream(torch.cuda.Stream(self.device))
+
+    def options(self) -> dict:
+        return {"device": str(self.device)}
+
+    def array(self, host: np.ndarray | None):
+        # Written by the stream, a little later: a call that does not wait for it reads garbage.
+        if host is None:
+            return None
+        raw = self._raw(host)
+        strides = [stride // host.itemsize for stride in host.strides]
+        tensor = self.torch.empty_strided(host.shape, strides, dtype=raw.dtype, device=self.device)
+        self._write_late(tensor, raw)
+        return tensor.view(self.dtype(host.dtype))
+
+    def host(self, tensor) -> np.ndarray:
+        if not isinstance(tensor, self.torch.Tensor):
+            return np.asarray(tensor)
+        assert tensor.device == self.device, f"a tensor on {tensor.device}, not {self.device}"
+        name = str(tensor.dtype).removeprefix("torch.")
+        raw = tensor.detach().view(self._integer(tensor.itemsize)).cpu().numpy()
+        return raw.view(np.dtype(getattr(ml_dtypes, name, name)))
+
+    def write(self, tensor, values) -> None:
+        name = str(tensor.dtype).removeprefix("torch.")
+        host = np.empty(tensor.shape, np.dtype(getattr(ml_dtypes, name, name)))
+        host[...] = values
+        self._write_late(tensor.view(self._integer(tensor.itemsize)), self._raw(host))
+
+    def dtype(self, dtype: np.dtype | type):
+        return getattr(self.torch, np.dtype(dtype).name)
+
+    def read_only(self, tensor):
+        return tensor
+
+    def _integer(self, itemsize: int):
+        return getattr(self.torch, INTEGERS[itemsize])
+
+    def _raw(self, host: np.ndarray):
+        """A copy on the GPU of the bytes, contiguous."""
+        raw = np.array(host, order="C").view(INTEGERS[host.itemsize])
+        return self.torch.from_numpy(raw).to(self.device)
+
+    def _write_late(self, tensor, raw) -> None:
+        self.torch.cuda._sleep(DELAY)
+        tensor.copy_(raw)
+
+
+BACKENDS = {backend.name: backend for backend in (Cpu, Cuda)}

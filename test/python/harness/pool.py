@@ -27,9 +27,10 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-RUN_TIMEOUT = 90.0
+PATIENCE = float(os.environ.get("RANKS_PATIENCE", "1"))  # how much longer all is waited for
+RUN_TIMEOUT = 90.0 * PATIENCE
 GRACE = 10.0  # for the other ranks, once one has failed
-EXIT_TIMEOUT = 30.0
+EXIT_TIMEOUT = 30.0 * PATIENCE
 SOURCES = Path(__file__).resolve().parents[1]
 
 

@@ -176,8 +176,8 @@ def combine_rows(context, buffer, world: World, turn: int = 0):
     in_arena = {"arena": True, "mixed": context.rank % 2 == 0}.get(world.case.source, False)
     if not in_arena:
         return context.backend.array(rows)
-    tensor = buffer.empty(rows.shape, rows.dtype)
-    context.backend.host(tensor)[...] = rows
+    tensor = buffer.empty(rows.shape, context.backend.dtype(rows.dtype))
+    context.backend.write(tensor, rows)
     return tensor
 
 

@@ -21,9 +21,9 @@ from queue import SimpleQueue
 from typing import Any
 
 from harness.backend import BACKENDS
-from harness.pool import Failure, Outcome
+from harness.pool import PATIENCE, Failure, Outcome
 
-BUFFER_TIMEOUT = 40.0
+BUFFER_TIMEOUT = 40.0 * PATIENCE
 
 
 class Context:

@@ -42,7 +42,9 @@ struct BufferStats {
 ///
 /// Collective calls (dispatch, combine, destroy) are made by every rank in the same order. One
 /// thread at a time uses a buffer; its results may be used, copied and dropped by any thread.
-/// On the CPU a call returns with its outputs complete. Calls throw the classes of error.hpp.
+/// A call returns with its outputs complete. On a GPU it waits for what was enqueued before on the
+/// stream of its CallOptions (none given: the default stream), and what is enqueued after it, on
+/// any stream, finds the outputs. Calls throw the classes of error.hpp.
 class MSCCLPP_EP_API Buffer {
  public:
   /// Connects the ranks of `bootstrap`; collective.
@@ -128,6 +130,9 @@ class MSCCLPP_EP_API Buffer {
   /// Lets go without waiting for anybody, as the destructor does: for a rank that has failed.
   void leave() noexcept;
   bool destroyed() const;
+
+  /// The stream on which rows are moved on a GPU; none on the CPU.
+  Stream commStream() const;
 
  private:
   class MSCCLPP_EP_LOCAL Impl;

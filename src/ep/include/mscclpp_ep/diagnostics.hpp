@@ -14,6 +14,11 @@ namespace mscclpp_ep {
 /// "simd_available", and "cuda", "mscclpp" and "ucx", which are "no" where they were left out.
 MSCCLPP_EP_API std::map<std::string, std::string> buildInfo();
 
+/// Whether this build has the CUDA backend.
+MSCCLPP_EP_API bool isCudaBuilt();
+/// GPUs that this process can use: 0 also without a driver, or if CUDA was left out.
+MSCCLPP_EP_API int cudaDeviceCount();
+
 /// The copy that rows are moved by, past the caches: for measuring what a machine's memory allows.
 MSCCLPP_EP_API void streamCopy(void* out, const void* in, std::size_t bytes);
 

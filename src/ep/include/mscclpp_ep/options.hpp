@@ -63,6 +63,9 @@ struct BufferOptions {
 /// How one call is ordered with the caller's other work.
 struct CallOptions {
   Stream stream;
+
+  /// Multiprocessors of the GPU that the call may use; 0: a default. Means nothing on the CPU.
+  int numSms = 0;
 };
 
 /// Where rows land.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import re
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import numpy as np
 
 import mscclpp_ep as ep
 from harness import steps
+from harness.backend import Cpu
 from harness.cases import Case, Scales, World, world_of
 
 CASE = Case(tokens=(9, 14, 6), hidden=64, experts=8, topk=3, scales=None, bias=1)
@@ -163,6 +165,7 @@ def dispatch_mistakes() -> list[Bad]:
         "alignment-zero": (replaced(expert_alignment=always(0)), "expert_alignment", r"\b0\b"),
         "worst-negative": (replaced(num_worst_tokens=always(-4)), "num_worst_tokens", "-4"),
         "stream": (replaced(stream=always(7)), "stream"),
+        "no-stream": (replaced(stream=always("main")), "stream", "main"),
     }
     mistakes = [Bad(name, "dispatch", spoil, says) for name, (spoil, *says) in table.items()]
     scaled = {
@@ -235,19 +238,41 @@ MISTAKES = {
 }
 
 
+# A number is a stream, where there are streams.
+CPU_MISTAKES = ["stream"]
+
+
+def placed(context, value):
+    """What a test gives to a call, with its arrays as tensors of the backend."""
+    if isinstance(value, tuple) and not isinstance(value, ep.DispatchHandle):
+        return tuple(placed(context, part) for part in value)
+    if isinstance(value, Elsewhere) and context.backend.name != "cpu":
+        return value.array  # which is on the CPU
+    return context.backend.array(value) if isinstance(value, np.ndarray) else value
+
+
 def call_of(context, buffer, world: World, call: str) -> tuple[Callable, dict]:
-    """A method and its arguments, all sound. Collective if it needs a handle."""
+    """A method and its arguments, all sound, with arrays of NumPy. Collective if it needs a handle.
+
+    The method places what it is given.
+    """
     rank = context.rank
+    plain = copy.copy(context)
+    plain.backend = Cpu(rank)
+
+    def placing(method: Callable) -> Callable:
+        return lambda **given: method(**{n: placed(context, v) for n, v in given.items()})
+
     if call == "layout":
         arguments = {"topk_idx": world.sent[rank].topk_idx, "num_experts": world.case.experts}
-        return buffer.get_dispatch_layout, arguments
+        return placing(buffer.get_dispatch_layout), arguments
     if call == "dispatch":
-        return buffer.dispatch, steps.dispatch_arguments(context, world)
+        return placing(buffer.dispatch), steps.dispatch_arguments(plain, world)
     handle = steps.dispatch(context, buffer, world).handle
     if call == "cached":
-        return buffer.dispatch, {"x": world.payloads(1)[rank][0], "handle": handle}
+        return placing(buffer.dispatch), {"x": world.payloads(1)[rank][0], "handle": handle}
     arguments = {"x": world.outputs()[rank], "handle": handle, "bias": world.biases(rank)[0]}
-    return buffer.combine, arguments | {"topk_weights": world.output_weights()[rank]}
+    return placing(buffer.combine), arguments | {"topk_weights": world.output_weights()[rank]}
 
 
 def expect_refusal(method: Callable, arguments: dict, says: tuple[str, ...]) -> None:
@@ -287,7 +312,8 @@ def refused_by_all(context, seed: int) -> None:
 
 def refused_over_and_over(context, seed: int) -> None:
     """Ranks take turns at making mistakes."""
-    buffer, names = context.standing(), sorted(MISTAKES)
+    left_out = [] if context.backend.name == "cpu" else CPU_MISTAKES
+    buffer, names = context.standing(), sorted(MISTAKES.keys() - left_out)
     rng = np.random.default_rng(seed)
     for turn in range(30):
         mistake, culprit = MISTAKES[str(rng.choice(names))], turn % context.size
@@ -351,9 +377,10 @@ def combines_differ(context, what: str, seed: int) -> None:
     second = steps.dispatch(context, buffer, world).handle
     mine = other if what == "dtype" and context.rank == odd else world
     handle = second if what == "handle" and context.rank == odd else first
-    arguments = {"x": mine.outputs()[context.rank], "handle": handle}
+    array = context.backend.array
+    arguments = {"x": array(mine.outputs()[context.rank]), "handle": handle}
     if what == "weights" and context.rank == odd:
-        arguments["topk_weights"] = world.output_weights()[context.rank]
+        arguments["topk_weights"] = array(world.output_weights()[context.rank])
     message = str(steps.raised(ep.Error, buffer.combine, **arguments))
     assert "rank" in message, message
     steps.round_trip(context, buffer, CASE, seed)

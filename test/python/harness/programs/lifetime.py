@@ -102,16 +102,18 @@ def sixty_layers(context, results: int, seed: int) -> None:
 class Reader(threading.Thread):
     """Reads a view of a result over and over, until it is told to stop."""
 
-    def __init__(self, view: np.ndarray, expected: np.ndarray) -> None:
+    def __init__(self, context, view, expected: np.ndarray) -> None:
         super().__init__()
-        self.view, self.expected = view, expected
+        self.host, self.view, self.expected = context.backend.host, view, expected
         self.enough = threading.Event()
         self.reads, self.error = 0, None
 
     def run(self) -> None:
         try:
             while not self.enough.wait(0.001) or self.reads == 0:
-                steps.same_bits(self.view, self.expected, "rows that are still being read")
+                steps.same_bits(
+                    self.host(self.view), self.expected, "rows that are still being read"
+                )
                 self.reads += 1
         except AssertionError as error:
             self.error = error
@@ -131,7 +133,7 @@ def dropped_while_read(context, results: int, seed: int) -> None:
     for turn in range(3):
         layer = Layer.run(context, buffer, seed + turn)
         expected = layer.world.received(context.rank)[0][1:, 8:]
-        readers.append(Reader(context.backend.host(layer.dispatched.x)[1:, 8:], expected))
+        readers.append(Reader(context, layer.dispatched.x[1:, 8:], expected))
         readers[-1].start()
         del layer
     for turn in range(12):
@@ -236,8 +238,8 @@ def alive_after_destroy(context, results: int, seed: int) -> None:
     """Results outlive their buffer; a destroyed buffer only says that it is destroyed."""
     buffer = limited(context, results, seed)
     layers = [Layer.run(context, buffer, seed + turn) for turn in range(4)]
-    spare = buffer.empty((16, 3), np.float32)
-    context.backend.host(spare)[...] = context.rank
+    spare = buffer.empty((16, 3), context.backend.dtype(np.float32))
+    context.backend.write(spare, context.rank)
     buffer.destroy()
     buffer.destroy()
     steps.raised(ep.Error, steps.dispatch, context, buffer, layers[0].world)
@@ -317,7 +319,7 @@ def too_large_for_the_arena(context, seed: int) -> None:
 def too_large_for_the_machine(context, seed: int) -> None:
     """Memory that no machine has is refused with its size, before it is asked for."""
     buffer, wanted = context.standing(), 1 << 46
-    message = str(steps.raised(ep.Error, buffer.empty, (wanted,), np.uint8))
+    message = str(steps.raised(ep.Error, buffer.empty, (wanted,), context.backend.dtype(np.uint8)))
     assert steps.largest_size(message) >= wanted, message
     steps.round_trip(context, buffer, Case(), seed)
 
@@ -345,10 +347,12 @@ def empty_gives_arena_memory(context, seed: int) -> None:
     steps.soil(context, buffer, seed)
     shapes = [(0, 8), (5, 7), (3, 4, 2), (129,)]
     dtypes = [np.float32, np.uint8, world_of(Case(), seed, 1).sent[0].x.dtype, np.int64]
-    tensors = [buffer.empty(shape, dtype) for shape in shapes for dtype in dtypes]
+    own = context.backend.dtype
+    tensors = [buffer.empty(shape, own(dtype)) for shape in shapes for dtype in dtypes]
     wanted = [(shape, np.dtype(dtype)) for shape in shapes for dtype in dtypes]
     hosts = [context.backend.host(tensor) for tensor in tensors]
     assert [(h.shape, h.dtype) for h in hosts] == wanted
-    for number, host in enumerate(hosts):
-        host[...] = number
+    for number, tensor in enumerate(tensors):
+        context.backend.write(tensor, number)
+    hosts = [context.backend.host(tensor) for tensor in tensors]
     assert all((host == number).all() for number, host in enumerate(hosts))

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-#ifndef MSCCLPP_EP_CPU_ARENA_HPP_
-#define MSCCLPP_EP_CPU_ARENA_HPP_
+#ifndef MSCCLPP_EP_HOST_ARENA_HPP_
+#define MSCCLPP_EP_HOST_ARENA_HPP_
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -15,7 +16,7 @@
 #include "core/packets.hpp"
 #include "transport/transport.hpp"
 
-namespace mscclpp_ep::cpu {
+namespace mscclpp_ep {
 
 /// Memory that peers reach, with its address for them.
 struct ArenaBlock {
@@ -27,7 +28,10 @@ struct ArenaBlock {
 /// write. It grows by segments up to a limit and never shrinks.
 class Arena {
  public:
-  Arena(Transport& transport, std::size_t initialBytes, std::size_t maxBytes);
+  /// `settle`, if given, is called before blocks that were dropped are given out again: it waits
+  /// until nothing uses memory any more that had been dropped when it was called.
+  Arena(Transport& transport, std::size_t initialBytes, std::size_t maxBytes,
+        std::function<void()> settle = {});
 
   /// A block, of a new segment if none is free. Nothing if the limit, the machine's memory or
   /// freeze() forbid that. Any thread may drop a block, which may outlive the arena.
@@ -72,6 +76,7 @@ class Arena {
 
   Transport& transport_;
   const std::size_t maxBytes_;
+  const std::function<void()> settle_;
   bool frozen_ = false;
   std::size_t largestOperation_ = 0;
   BlockAllocator allocator_;
@@ -82,6 +87,6 @@ class Arena {
   std::vector<ArrayAddress> quarantined_;
 };
 
-}  // namespace mscclpp_ep::cpu
+}  // namespace mscclpp_ep
 
-#endif  // MSCCLPP_EP_CPU_ARENA_HPP_
+#endif  // MSCCLPP_EP_HOST_ARENA_HPP_

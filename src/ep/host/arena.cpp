@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: MIT
-#include "cpu/arena.hpp"
+#include "host/arena.hpp"
 
 #include <algorithm>
 
 #include "core/check.hpp"
 #include "core/memory_map.hpp"
-#include "transport/memory_limit.hpp"
 
-namespace mscclpp_ep::cpu {
+namespace mscclpp_ep {
 
 namespace {
 
@@ -16,8 +15,12 @@ constexpr std::size_t kSmallestSegment = std::size_t{4} << 20;
 
 }  // namespace
 
-Arena::Arena(Transport& transport, std::size_t initialBytes, std::size_t maxBytes)
-    : transport_(transport), maxBytes_(maxBytes), returned_(std::make_shared<Returned>()) {
+Arena::Arena(Transport& transport, std::size_t initialBytes, std::size_t maxBytes,
+             std::function<void()> settle)
+    : transport_(transport),
+      maxBytes_(maxBytes),
+      settle_(std::move(settle)),
+      returned_(std::make_shared<Returned>()) {
   if (initialBytes > 0) grow(std::min(initialBytes, maxBytes));
 }
 
@@ -27,6 +30,7 @@ void Arena::takeReturned() {
     const std::lock_guard lock(returned_->mutex);
     blocks.swap(returned_->blocks);
   }
+  if (settle_ && !blocks.empty()) settle_();
   for (const BlockRange& block : blocks) {
     const bool kept = std::any_of(quarantined_.begin(), quarantined_.end(), [&](const auto& at) {
       return at.segment == block.segment && at.offset >= block.offset &&
@@ -58,7 +62,8 @@ bool Arena::grow(std::size_t bytes) {
   const std::size_t room = maxBytes_ - std::min(segmentBytes_, maxBytes_);
   if (frozen_ || bytes > room) return false;
   const std::size_t wanted = std::min(std::max(bytes, kSmallestSegment), room / kPage * kPage);
-  if (wanted < bytes || static_cast<std::int64_t>(wanted) > availableMemory()) return false;
+  if (wanted < bytes || static_cast<std::int64_t>(wanted) > transport_.shareableBytes())
+    return false;
   SharedBlock segment;
   try {
     segment = transport_.share(wanted);
@@ -97,9 +102,9 @@ ArenaBlock Arena::landing(std::size_t bytes) {
                                 landing_.bytes));
     }
     const std::size_t wanted = std::min(blockBytes(bytes), alignUp(maxBytes_, kPage));
-    if (static_cast<std::int64_t>(wanted) > availableMemory()) {
+    if (static_cast<std::int64_t>(wanted) > transport_.shareableBytes()) {
       throw SystemError(cat("the operation needs ", wanted, " bytes of memory, and only ",
-                            availableMemory(), " are available"));
+                            transport_.shareableBytes(), " are available"));
     }
     if (landing_.bytes > 0) transport_.unshare(landing_.id);
     landing_ = SharedBlock();
@@ -126,4 +131,4 @@ std::optional<ArrayAddress> Arena::locate(const void* data, std::size_t bytes) c
   return std::nullopt;
 }
 
-}  // namespace mscclpp_ep::cpu
+}  // namespace mscclpp_ep

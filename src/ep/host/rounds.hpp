@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Rounds of messages that begin every operation, and what they carry.
-#ifndef MSCCLPP_EP_CPU_ROUNDS_HPP_
-#define MSCCLPP_EP_CPU_ROUNDS_HPP_
+#ifndef MSCCLPP_EP_HOST_ROUNDS_HPP_
+#define MSCCLPP_EP_HOST_ROUNDS_HPP_
 
 #include <cstring>
 #include <span>
@@ -10,9 +10,9 @@
 
 #include "core/agreement.hpp"
 #include "core/check.hpp"
-#include "cpu/context.hpp"
+#include "host/context.hpp"
 
-namespace mscclpp_ep::cpu {
+namespace mscclpp_ep {
 
 /// The bytes of a record, with `extra` behind it.
 template <typename Record>
@@ -40,20 +40,21 @@ struct RowRange {
 
 /// Rows of an array whose address a peer wrote, of elements of `alignment` bytes. Throws
 /// PeerFailure if the peer has no such memory.
-std::byte* peerRows(const Context& context, int peer, const ArrayAddress& address,
+std::byte* peerRows(const HostContext& context, int peer, const ArrayAddress& address,
                     const RowRange& rows, std::size_t rowBytes, std::size_t alignment);
 
 /// Exchanges the entries of an operation, each of which begins with an EntryHead, and returns those
 /// of all ranks. Throws OperationRefused unless every rank takes part in the same operation.
-const std::vector<Message>& exchangeEntries(Context& context, const std::vector<Message>& outgoing);
+const std::vector<Message>& exchangeEntries(HostContext& context,
+                                            const std::vector<Message>& outgoing);
 
 /// Throws OperationRefused unless every rank takes part in the same operation, as these entries of
 /// all ranks say.
-void requireEntries(const Context& context, const std::vector<Message>& entries);
+void requireEntries(const HostContext& context, const std::vector<Message>& entries);
 
 /// Takes part in an operation by refusing it.
-void postRefusal(Context& context, Operation operation, std::string_view why);
+void postRefusal(HostContext& context, Operation operation, std::string_view why);
 
-}  // namespace mscclpp_ep::cpu
+}  // namespace mscclpp_ep
 
-#endif  // MSCCLPP_EP_CPU_ROUNDS_HPP_
+#endif  // MSCCLPP_EP_HOST_ROUNDS_HPP_

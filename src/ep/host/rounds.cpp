@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT
-#include "cpu/rounds.hpp"
+#include "host/rounds.hpp"
 
-namespace mscclpp_ep::cpu {
+namespace mscclpp_ep {
 
 namespace {
 
 /// A rank that refuses may leave at once. What it said explains more than that it is gone.
-void throwRefusalOfOneGone(const Context& context) {
+void throwRefusalOfOneGone(const HostContext& context) {
   for (int rank = 0; rank < context.size(); ++rank) {
     const Message* entry = context.mailbox.received(rank);
     if (entry == nullptr) continue;
@@ -19,7 +19,7 @@ void throwRefusalOfOneGone(const Context& context) {
 
 }  // namespace
 
-std::byte* peerRows(const Context& context, int peer, const ArrayAddress& address,
+std::byte* peerRows(const HostContext& context, int peer, const ArrayAddress& address,
                     const RowRange& rows, std::size_t rowBytes, std::size_t alignment) {
   std::uint64_t offset = 0;
   std::size_t bytes = 0;
@@ -36,7 +36,7 @@ std::byte* peerRows(const Context& context, int peer, const ArrayAddress& addres
   return context.transport.peerMemory(peer, address.segment, offset, bytes);
 }
 
-const std::vector<Message>& exchangeEntries(Context& context,
+const std::vector<Message>& exchangeEntries(HostContext& context,
                                             const std::vector<Message>& outgoing) {
   const TraceScope scope(context.trace, "entry");
   const auto exchange = [&]() -> const std::vector<Message>& {
@@ -53,7 +53,7 @@ const std::vector<Message>& exchangeEntries(Context& context,
   return entries;
 }
 
-void requireEntries(const Context& context, const std::vector<Message>& entries) {
+void requireEntries(const HostContext& context, const std::vector<Message>& entries) {
   std::vector<Status> statuses;
   std::vector<Signature> signatures;
   const auto self = static_cast<std::size_t>(context.rank());
@@ -70,7 +70,7 @@ void requireEntries(const Context& context, const std::vector<Message>& entries)
   requireAgreement(signatures);
 }
 
-void postRefusal(Context& context, Operation operation, std::string_view why) {
+void postRefusal(HostContext& context, Operation operation, std::string_view why) {
   EntryHead head;
   head.signature.operation = static_cast<std::uint32_t>(operation);
   head.status = refusal(Verdict::rejected, why);
@@ -79,4 +79,4 @@ void postRefusal(Context& context, Operation operation, std::string_view why) {
                        "room for a message");
 }
 
-}  // namespace mscclpp_ep::cpu
+}  // namespace mscclpp_ep

@@ -11,11 +11,11 @@
 #include <vector>
 
 #include "core/memory_map.hpp"
-#include "cpu/arena.hpp"
+#include "host/arena.hpp"
 #include "support/ranks.hpp"
 #include "transport/shared_memory.hpp"
 
-namespace mscclpp_ep::cpu {
+namespace mscclpp_ep {
 namespace {
 
 constexpr std::size_t kMiB = std::size_t{1} << 20;
@@ -165,4 +165,4 @@ TEST_CASE("other threads may drop blocks at any time") {
 }
 
 }  // namespace
-}  // namespace mscclpp_ep::cpu
+}  // namespace mscclpp_ep

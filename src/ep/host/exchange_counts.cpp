@@ -1,24 +1,22 @@
 // SPDX-License-Identifier: MIT
+#include "host/exchange_counts.hpp"
+
 #include <limits>
 #include <numeric>
 
-#include "cpu/dispatch.hpp"
-#include "cpu/rounds.hpp"
+#include "host/rounds.hpp"
 
-namespace mscclpp_ep::cpu {
+namespace mscclpp_ep {
 
 namespace {
 
 /// Counts of this rank's choices, by the rank that holds the experts.
-std::vector<std::vector<std::int32_t>> countsByRank(const Context& context,
+std::vector<std::vector<std::int32_t>> countsByRank(const HostContext& context,
                                                     const DispatchRequest& request) {
   std::vector<std::vector<std::int32_t>> counts(static_cast<std::size_t>(context.size()));
   if (request.cached != nullptr) return counts;
-  const TensorView& tensor = request.inputs.numTokensPerExpert;
-  const std::span perExpert(static_cast<const std::int32_t*>(tensor.data),
-                            static_cast<std::size_t>(tensor.shape[0]));
   for (int r = 0; r < context.size(); ++r) {
-    counts[static_cast<std::size_t>(r)] = request.placement->localPart(r, perExpert);
+    counts[static_cast<std::size_t>(r)] = request.placement->localPart(r, request.perExpert);
   }
   return counts;
 }
@@ -53,7 +51,7 @@ std::int64_t rowsOf(const Message& message, std::size_t rank) {
   return rows;
 }
 
-void exchangeLongCounts(Context& context, const std::vector<std::vector<std::int32_t>>& counts,
+void exchangeLongCounts(HostContext& context, const std::vector<std::vector<std::int32_t>>& counts,
                         std::vector<std::int64_t>& sums) {
   const TraceScope scope(context.trace, "counts");
   std::vector<Message> outgoing;
@@ -71,7 +69,7 @@ void exchangeLongCounts(Context& context, const std::vector<std::vector<std::int
 
 }  // namespace
 
-DispatchPlan exchangeCounts(Context& context, const DispatchRequest& request) {
+DispatchPlan exchangeCounts(HostContext& context, const DispatchRequest& request) {
   const auto counts = countsByRank(context, request);
   const bool inEntry = countsFitEntry(counts);
   std::vector<Message> outgoing;
@@ -116,4 +114,48 @@ DispatchPlan exchangeCounts(Context& context, const DispatchRequest& request) {
   return plan;
 }
 
-}  // namespace mscclpp_ep::cpu
+std::vector<std::int64_t> DispatchPlan::numKeptFrom() const {
+  std::vector<std::int64_t> kept;
+  kept.reserve(numRowsFrom.size());
+  for (std::size_t r = 0; r < numRowsFrom.size(); ++r) {
+    kept.push_back(rowsKept(firstRowFrom[r], numRowsFrom[r], numRows));
+  }
+  return kept;
+}
+
+void abandonRows(HostContext& context, Verdict verdict, std::string_view why) {
+  const std::vector<Message> outgoing(static_cast<std::size_t>(context.size()),
+                                      encode(refusal(verdict, why)));
+  context.mailbox.post(context.epoch, static_cast<std::uint32_t>(Round::publish), outgoing,
+                       "room for a message");
+}
+
+std::shared_ptr<HandleState> describeRouting(const HostContext& context,
+                                             const DispatchRequest& request,
+                                             const DispatchPlan& plan) {
+  auto state = request.cached != nullptr ? std::make_shared<HandleState>(*request.cached)
+                                         : std::make_shared<HandleState>();
+  state->epoch = context.epoch;
+  state->firstRowAt.clear();
+  state->capacityAt.clear();
+  if (request.cached != nullptr) return state;
+  state->bufferId = context.bufferId;
+  state->layout = request.options.layout;
+  state->numTokens = request.numTokens;
+  state->hidden = request.signature.hidden;
+  state->topk = request.signature.topk;
+  state->numExperts = request.signature.numExperts;
+  state->opaqueRows = isOpaque(request.inputs.x.dtype);
+  state->plan = request.plan;
+  state->numRows = plan.numRows;
+  state->firstRowFrom = plan.firstRowFrom;
+  state->numRowsFrom = plan.numRowsFrom;
+  state->perExpert = plan.perExpert;
+  for (std::size_t r = 0; r < plan.numRowsFrom.size(); ++r) {
+    state->rankPrefixSum.push_back(
+        static_cast<std::int32_t>(plan.firstRowFrom[r] + plan.numRowsFrom[r]));
+  }
+  return state;
+}
+
+}  // namespace mscclpp_ep

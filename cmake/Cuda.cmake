@@ -1,0 +1,31 @@
+# The CUDA backend: AUTO builds it where there is a compiler for it. The only place where CUDA is
+# enabled. Sets mscclpp_ep_cuda to ON or OFF.
+
+set(mscclpp_ep_cuda OFF)
+string(TOUPPER "${MSCCLPP_EP_CUDA}" mscclpp_ep_cuda_wanted)
+if(NOT mscclpp_ep_cuda_wanted MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "MSCCLPP_EP_CUDA is '${MSCCLPP_EP_CUDA}'; allowed are AUTO, ON and OFF.")
+endif()
+if(NOT mscclpp_ep_cuda_wanted STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+      # Machine code for the A100 and the H100; newer chips compile the PTX of the latter.
+      set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
+    endif()
+    enable_language(CUDA)
+    find_package(CUDAToolkit REQUIRED)
+    if(CUDAToolkit_VERSION VERSION_GREATER_EQUAL 12.5)
+      set(mscclpp_ep_cuda ON)
+    endif()
+  endif()
+  if(NOT mscclpp_ep_cuda AND mscclpp_ep_cuda_wanted STREQUAL "ON")
+    message(FATAL_ERROR "MSCCLPP_EP_CUDA=ON needs nvcc of CUDA 12.5 or newer: install the CUDA "
+                        "toolkit, and set CUDACXX to its nvcc if that is not on the PATH.")
+  endif()
+endif()
+
+message(STATUS "mscclpp_ep ${PROJECT_VERSION}: cpu yes, cuda ${mscclpp_ep_cuda}, mscclpp no, ucx no; "
+               "python ${MSCCLPP_EP_BUILD_PYTHON}, tests ${MSCCLPP_EP_BUILD_TESTS}, "
+               "examples ${MSCCLPP_EP_BUILD_EXAMPLES}, sanitize '${MSCCLPP_EP_SANITIZE}'")

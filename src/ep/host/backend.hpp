@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: MIT
+// The order of high-throughput operations, and what ends a buffer: alike wherever rows are. The
+// backends derive theirs, and move the rows.
+#ifndef MSCCLPP_EP_HOST_BACKEND_HPP_
+#define MSCCLPP_EP_HOST_BACKEND_HPP_
+
+#include <sys/types.h>
+
+#include <exception>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "core/agreement.hpp"
+#include "core/backend.hpp"
+#include "core/check.hpp"
+#include "host/context.hpp"
+#include "host/exchange_counts.hpp"
+#include "transport/shared_memory.hpp"
+
+namespace mscclpp_ep {
+
+class HostBackend : public Backend, public std::enable_shared_from_this<HostBackend> {
+ public:
+  void beginCall(const CallOptions&) override {}
+  std::unique_ptr<PendingState> beginDispatch(DispatchRequest request) final;
+  DispatchHandle finishDispatch(PendingState& pending, const DispatchOutputs& outputs) final;
+  void abandonDispatch(PendingState& pending, std::string_view why) final;
+  void combine(const CombineRequest& request) final;
+  void refuse(Operation operation, std::string_view why) override;
+
+  Tensor allocate(std::size_t bytes, MemoryKind kind) final;
+  void check() final;
+  bool masked(int rank) const final { return transport_->masked(rank); }
+  void setMask(int rank, bool masked) override;
+  void freeze() final;
+  BufferStats stats() final;
+  void destroy() final;
+
+ protected:
+  HostBackend(std::unique_ptr<Transport> transport, std::unique_ptr<Trace> trace,
+              const BufferOptions& options, std::size_t initialArenaBytes, std::uint64_t bufferId,
+              std::function<void()> settle = {});
+
+  /// The second half of a dispatch: publishes where rows go, sends and receives them.
+  virtual std::shared_ptr<const HandleState> moveRows(const DispatchRequest& request,
+                                                      const DispatchPlan& plan,
+                                                      const DispatchOutputs& outputs) = 0;
+  virtual void combineRows(const CombineRequest& request) = 0;
+  /// Ordinary memory, that peers do not reach, recycled.
+  virtual std::shared_ptr<std::byte> allocateOrdinary(std::size_t bytes) = 0;
+  virtual std::int64_t ordinaryBytes() = 0;
+
+  /// Runs one step of an operation. An error that every rank sees alike passes; any other ends the
+  /// buffer, and the peers are told.
+  template <typename Step>
+  auto run(const char* operation, const Step& step);
+
+  /// The modes of a call, for Transport::enterCall.
+  enum class Mode : std::uint32_t { highThroughput = 1, lowLatency = 2 };
+  void enter(Mode mode, const char* operation, std::uint64_t epoch);
+
+  void refuseChild() const;
+  void requireUsable() const;
+  void requireNoDispatch() const;
+
+  std::unique_ptr<Transport> transport_;
+  Mailbox mailbox_;
+  Arena arena_;
+  std::unique_ptr<Trace> trace_;
+  BufferStats stats_;
+  HostContext context_;
+
+ private:
+  friend struct HostPending;
+
+  /// Ends the operation in the trace with the call that ends it.
+  struct TracedCall {
+    ~TracedCall() {
+      if (!backend.begun_) backend.trace_->endOperation();
+    }
+    HostBackend& backend;
+  };
+
+  void fail(std::string why);
+  void beginEpoch(const char* operation);
+  void reportDropped(const DispatchPlan& plan);
+
+  std::uint64_t nextEpoch_;
+  const pid_t process_;
+  bool begun_ = false;   ///< a dispatch is between its two calls
+  std::string failure_;  ///< why the buffer can only be destroyed; empty if it can be used
+  std::string dropped_;  ///< for the next check()
+};
+
+template <typename Step>
+auto HostBackend::run(const char* operation, const Step& step) {
+  requireUsable();
+  const TracedCall traced{*this};
+  try {
+    return step();
+  } catch (const OperationRefused& refused) {
+    std::rethrow_exception(refused.error);
+  } catch (const std::exception& error) {
+    fail(error.what());
+    throw;
+  } catch (...) {
+    fail(cat(operation, " was interrupted"));
+    throw;
+  }
+}
+
+/// Off if no file is named. A rank that is refused makes none.
+std::unique_ptr<Trace> openTrace(BufferOptions& options, const Bootstrap& bootstrap,
+                                 std::uint64_t bufferId);
+
+/// How the ranks of a host connect, by a buffer's options.
+SharedMemoryOptions transportOptions(const Admission& admission, const BufferOptions& options);
+
+}  // namespace mscclpp_ep
+
+#endif  // MSCCLPP_EP_HOST_BACKEND_HPP_

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: MIT
+#ifndef MSCCLPP_EP_TRANSPORT_CUDA_CHECK_HPP_
+#define MSCCLPP_EP_TRANSPORT_CUDA_CHECK_HPP_
+
+#include <cuda_runtime_api.h>
+
+#include "core/check.hpp"
+
+/// Throws CudaError with cat(...) and the runtime's text if a call fails:
+/// `EP_CUDA_TRY(cudaSetDevice(n), "cannot use GPU ", n);`
+#define EP_CUDA_TRY(call, ...)                                                                 \
+  do {                                                                                         \
+    const cudaError_t ep_result = (call);                                                      \
+    if (ep_result != cudaSuccess) [[unlikely]] {                                               \
+      (void)cudaGetLastError();                                                                \
+      throw ::mscclpp_ep::CudaError(                                                           \
+          ::mscclpp_ep::cat(__VA_ARGS__, ": ", cudaGetErrorString(ep_result), " (CUDA error ", \
+                            static_cast<int>(ep_result), ")"));                                \
+    }                                                                                          \
+  } while (false)
+
+namespace mscclpp_ep {
+
+/// Makes a GPU the current one of this thread, and restores the one before at the end.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    EP_CUDA_TRY(cudaGetDevice(&before_), "cannot tell the current GPU");
+    EP_CUDA_TRY(cudaSetDevice(device), "cannot use GPU ", device);
+  }
+  ~CurrentDevice() { (void)cudaSetDevice(before_); }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
+}  // namespace mscclpp_ep
+
+#endif  // MSCCLPP_EP_TRANSPORT_CUDA_CHECK_HPP_

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: MIT
+// GPU memory that ranks share: physical allocations of the driver, whose handles travel as file
+// descriptors. A mapping keeps the memory alive when its owner has died.
+#ifndef MSCCLPP_EP_TRANSPORT_CUDA_MEMORY_HPP_
+#define MSCCLPP_EP_TRANSPORT_CUDA_MEMORY_HPP_
+
+#include <memory>
+
+#include "transport/segment.hpp"
+
+namespace mscclpp_ep {
+
+/// Memory of a GPU; what peers share is mapped for that GPU. In a process of several ranks, all
+/// GPUs that can reach the memory may use it. Throws NotBuilt if the GPU or the driver cannot share
+/// memory in this way, CudaError if something fails.
+std::shared_ptr<const SegmentSource> cudaSegments(int device);
+
+}  // namespace mscclpp_ep
+
+#endif  // MSCCLPP_EP_TRANSPORT_CUDA_MEMORY_HPP_

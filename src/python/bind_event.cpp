@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: MIT
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+
+#include "bind.hpp"
+#include "mscclpp_ep/event.hpp"
+
+namespace mscclpp_ep::python {
+
+namespace nb = nanobind;
+
+namespace {
+
+/// A stream is given as the number that its cudaStream_t is.
+Stream streamOf(std::uintptr_t stream) { return Stream(reinterpret_cast<void*>(stream)); }
+
+}  // namespace
+
+void bindEvent(nb::module_& m) {
+  nb::class_<Event>(m, "Event", "A point in a stream of a GPU.")
+      .def(
+          "__init__",
+          [](Event* self, std::uintptr_t stream, int device) {
+            new (self) Event(streamOf(stream), device);
+          },
+          nb::arg("stream"), nb::arg("device"))
+      .def(
+          "wait", [](const Event& self, std::uintptr_t stream) { self.wait(streamOf(stream)); },
+          nb::arg("stream"), "Makes a stream wait for the event.")
+      .def("synchronize", &Event::synchronize, nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace mscclpp_ep::python
