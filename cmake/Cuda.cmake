@@ -10,7 +10,7 @@ if(NOT mscclpp_ep_cuda_wanted STREQUAL "OFF")
   include(CheckLanguage)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
-    if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+    if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
       # Machine code for the A100 and the H100; newer chips compile the PTX of the latter.
       set(CMAKE_CUDA_ARCHITECTURES 80-real 90)
     endif()
