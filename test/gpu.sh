@@ -48,6 +48,7 @@ phase() {
 }
 
 # suite SELECTION [arguments]: runs the tests that a -k expression selects.
+# shellcheck disable=SC2329  # phase calls it
 suite() {
     local selection=$1
     shift
