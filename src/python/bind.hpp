@@ -4,6 +4,9 @@
 
 #include <nanobind/nanobind.h>
 
+#include <bit>
+#include <cstdint>
+
 #include "mscclpp_ep/bootstrap.hpp"
 #include "mscclpp_ep/buffer.hpp"
 
@@ -15,6 +18,9 @@ void bindBuffer(nanobind::module_& m);
 void bindEvent(nanobind::module_& m);
 /// Types of low-latency mode; its operations are added to `buffer`.
 void bindLowLatency(nanobind::module_& m, nanobind::class_<Buffer>& buffer);
+
+/// A stream is given as the number that its cudaStream_t is.
+inline Stream streamOf(std::uintptr_t stream) { return Stream(std::bit_cast<void*>(stream)); }
 
 /// Asks a Python group (rank, size, all_gather, barrier) what a Bootstrap is asked.
 class PythonBootstrap final : public Bootstrap {

@@ -29,10 +29,9 @@ void pollSignals() {
 TensorView viewOf(const View* view) { return view == nullptr ? TensorView{} : view->view; }
 TensorView viewOf(const Tensor* tensor) { return tensor == nullptr ? TensorView{} : tensor->view; }
 
-/// A stream is given as the number that its cudaStream_t is.
 CallOptions callOptions(std::optional<std::uintptr_t> stream, int numSms) {
   CallOptions call;
-  if (stream) call.stream = Stream(reinterpret_cast<void*>(*stream));
+  if (stream) call.stream = streamOf(*stream);
   call.numSms = numSms;
   return call;
 }

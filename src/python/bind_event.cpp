@@ -10,13 +10,6 @@ namespace mscclpp_ep::python {
 
 namespace nb = nanobind;
 
-namespace {
-
-/// A stream is given as the number that its cudaStream_t is.
-Stream streamOf(std::uintptr_t stream) { return Stream(reinterpret_cast<void*>(stream)); }
-
-}  // namespace
-
 void bindEvent(nb::module_& m) {
   nb::class_<Event>(m, "Event", "A point in a stream of a GPU.")
       .def(

@@ -3,7 +3,9 @@
 
 #include <cuda.h>
 
+#include <bit>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "core/memory_map.hpp"
@@ -65,11 +67,18 @@ void check(CUresult result, const Parts&... what) {
   throw CudaError(message);
 }
 
+CUmemLocation locationOf(int device) {
+  CUmemLocation location{};
+  location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+  location.id = device;
+  return location;
+}
+
 CUmemAllocationProp properties(int device) {
   CUmemAllocationProp result{};
   result.type = CU_MEM_ALLOCATION_TYPE_PINNED;
   result.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
-  result.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device}};
+  result.location = locationOf(device);
   int rdma = 0;
   EP_CUDA_TRY(cudaDeviceGetAttribute(&rdma, cudaDevAttrGPUDirectRDMASupported, device),
               "cannot tell what GPU ", device, " can do");
@@ -110,7 +119,7 @@ struct Reservation {
     if (mapped) driver().cuMemUnmap(address, bytes);
     driver().cuMemAddressFree(address, bytes);
   }
-  std::byte* release() { return reinterpret_cast<std::byte*>(std::exchange(address, 0)); }
+  std::byte* release() { return std::bit_cast<std::byte*>(std::exchange(address, 0)); }
 
   CUdeviceptr address = 0;
   std::size_t bytes = 0;
@@ -164,7 +173,7 @@ class CudaSegments final : public SegmentSource {
   std::shared_ptr<Segment> map(FileDescriptor fd, std::size_t bytes) const override {
     CUmemGenericAllocationHandle handle = 0;
     check(driver().cuMemImportFromShareableHandle(
-              &handle, reinterpret_cast<void*>(static_cast<std::uintptr_t>(fd.get())),
+              &handle, std::bit_cast<void*>(static_cast<std::uintptr_t>(fd.get())),
               CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
           "cannot take in the memory of another rank on GPU ", device_);
     const Allocation allocation(handle);
@@ -198,9 +207,9 @@ class CudaSegments final : public SegmentSource {
           " bytes of GPU memory");
     place.mapped = true;
     std::vector<CUmemAccessDesc> access;
+    access.reserve(devices.size());
     for (const int device : devices) {
-      access.push_back(
-          {{CU_MEM_LOCATION_TYPE_DEVICE, {device}}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE});
+      access.push_back({locationOf(device), CU_MEM_ACCESS_FLAGS_PROT_READWRITE});
     }
     check(driver().cuMemSetAccess(place.address, bytes, access.data(), access.size()), "GPU ",
           device_, " cannot reach memory of another rank's GPU; see nvidia-smi topo -p2p rw");
