@@ -5,8 +5,8 @@
 #
 #   test/gpu.sh PYTHON [arguments of pytest]
 #
-# PYTHON is an interpreter with the wheel, Torch with CUDA, ml_dtypes, pytest, pytest-timeout and
-# hypothesis installed. Slow tests are left out; -m '' takes them in.
+# PYTHON is an interpreter with the wheel, Torch with CUDA, CuPy, JAX with CUDA, ml_dtypes, pytest,
+# pytest-timeout and hypothesis installed. Slow tests are left out; -m '' takes them in.
 set -euo pipefail
 
 # The link itself, not what it points to: a virtual environment is found by it.
@@ -59,6 +59,7 @@ suite() {
 CUDA_DEVICE_MAX_CONNECTIONS=2 phase "ranks as processes" suite "not cuda-thread" "$@"
 # Streams of ranks in one process must not wait for each other in a queue.
 CUDA_DEVICE_MAX_CONNECTIONS=32 phase "ranks as threads" suite "cuda-thread" "$@"
+phase "Torch, CuPy and JAX" "$python" -m pytest -q test/python_cuda
 if command -v compute-sanitizer >/dev/null; then
     # Everything takes many times as long.
     RANKS_PATIENCE=10 PYTHONPATH=test/python PYTORCH_NO_CUDA_MEMORY_CACHING=1 \

@@ -134,10 +134,10 @@ void sumRowsOf(const SumArguments& arguments, int numSms, cudaStream_t stream) {
       return launchSum<Element, Words<8>>(arguments, numSms, stream);
     case 4:
       return launchSum<Element, Words<4>>(arguments, numSms, stream);
-    case kBytes == 2 ? 2:
-      0 : return launchSum<Element, Words<kBytes>>(arguments, numSms, stream);
     default:
-      return launchSum<Element, Words<kBytes, false>>(arguments, numSms, stream);
+      return arguments.rowAlignment == kBytes
+                 ? launchSum<Element, Words<kBytes>>(arguments, numSms, stream)
+                 : launchSum<Element, Words<kBytes, false>>(arguments, numSms, stream);
   }
 }
 
