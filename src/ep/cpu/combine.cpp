@@ -332,23 +332,11 @@ void RowReducer::reduceToken(std::int64_t token, std::vector<const void*>& rows,
 
 /// Returns when nobody reads this rank's memory any more.
 void RowReducer::finish() {
-  const TraceScope scope(context_.trace, "await readers");
-  for (int peer = 0; peer < context_.size(); ++peer) {
-    if (peer == context_.rank()) continue;
-    // Every combine writes every word, so that none is old enough to be taken for a new one.
-    if (staging_ == nullptr) context_.raise(kRowsStaged, peer, 0);
-    context_.raise(kRowsRead, peer, 0);
+  // Every combine writes every word, so that none is old enough to be taken for a new one.
+  for (int peer = 0; peer < context_.size() && staging_ == nullptr; ++peer) {
+    if (peer != context_.rank()) context_.raise(kRowsStaged, peer, 0);
   }
-  const auto late = [&] {
-    Awaited ranks{{}, "the reading of this rank's rows"};
-    for (int peer = 0; peer < context_.size(); ++peer) {
-      const bool read =
-          peer == context_.rank() || context_.masked(peer) || context_.raised(kRowsRead, peer) >= 0;
-      if (!read) ranks.ranks.push_back(peer);
-    }
-    return ranks;
-  };
-  context_.transport.wait([&] { return late().ranks.empty(); }, late);
+  finishReading(context_);
 }
 
 }  // namespace

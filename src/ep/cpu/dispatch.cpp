@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <optional>
 
 #include "cpu/columns.hpp"
@@ -176,19 +175,13 @@ void RowMover::receivePublications(const std::vector<Message>& publications) {
                           : std::max<std::int64_t>(request_.numTokens, 1);
   for (std::size_t r = 0; r < numRanks(); ++r) {
     // A masked rank has no capacity: nothing is sent there.
-    bindTarget(
-        r, publications[r].empty() ? DispatchPublish{} : decode<DispatchPublish>(publications[r]));
+    bindTarget(r, publications[r].empty() ? DispatchPublish{} : decodePublish(publications[r], r));
   }
 }
 
 void RowMover::bindTarget(std::size_t rank, const DispatchPublish& publication) {
   RowWriter::Target& target = targets_[rank];
   target.rank = static_cast<int>(rank);
-  if (publication.capacity < 0 || publication.firstRow < 0 ||
-      publication.firstRow > std::numeric_limits<std::int32_t>::max()) {
-    throw PeerFailure(
-        cat("rank ", rank, " published row ", publication.firstRow, " of ", publication.capacity));
-  }
   target.firstRow = publication.firstRow;
   target.capacity = publication.capacity;
   target.ringRows = std::max<std::int64_t>(publication.ringRows, 1);

@@ -31,7 +31,7 @@ class RowReducer {
     reduce();
     // A rank that gave up may have let its caller overwrite the rows, also those read already.
     context_.requireNobodyGaveUp();
-    awaitReaders();
+    finishReading(context_);
   }
 
  private:
@@ -42,7 +42,6 @@ class RowReducer {
   void bindSource(std::size_t rank, const CombineEntry& entry);
   int rowAlignment() const;
   void reduce();
-  void awaitReaders();
 
   std::int64_t numReceived() const { return std::min(handle_.numRecv(), handle_.numRows); }
   const std::byte* input() const { return static_cast<const std::byte*>(request_.inputs.x.data); }
@@ -169,23 +168,6 @@ void RowReducer::reduce() {
   arguments.rowAlignment = rowAlignment();
   sumRows(arguments, context_.numSms, context_.stream.get());
   context_.stream.synchronize("the combine");
-}
-
-/// Returns when nobody reads this rank's memory any more.
-void RowReducer::awaitReaders() {
-  const TraceScope scope(context_.trace, "await readers");
-  for (int peer = 0; peer < context_.size(); ++peer) {
-    if (peer != context_.rank()) context_.raise(kRowsRead, peer, 0);
-  }
-  const auto late = [&] {
-    Awaited readers{{}, "the reading of this rank's rows"};
-    for (int peer = 0; peer < context_.size(); ++peer) {
-      const bool read = peer == context_.rank() || context_.raised(kRowsRead, peer) >= 0;
-      if (!read) readers.ranks.push_back(peer);
-    }
-    return readers;
-  };
-  context_.transport.wait([&] { return late().ranks.empty(); }, late);
 }
 
 }  // namespace

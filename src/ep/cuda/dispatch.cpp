@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "cuda/dispatch.hpp"
 
-#include <limits>
 #include <span>
 #include <vector>
 
@@ -184,16 +183,11 @@ void RowMover::bindTargets(const std::vector<Message>& publications) {
   for (const Message& message : publications) statuses.push_back(decode<Status>(message));
   requireAll(statuses, "dispatch");
   for (std::size_t r = 0; r < numRanks(); ++r) {
-    bindTarget(r, decode<DispatchPublish>(publications[r]));
+    bindTarget(r, decodePublish(publications[r], r));
   }
 }
 
 void RowMover::bindTarget(std::size_t rank, const DispatchPublish& publication) {
-  if (publication.capacity < 0 || publication.firstRow < 0 ||
-      publication.firstRow > std::numeric_limits<std::int32_t>::max()) {
-    throw PeerFailure(
-        cat("rank ", rank, " published row ", publication.firstRow, " of ", publication.capacity));
-  }
   PushTarget& target = targets_[rank];
   target.firstRow = publication.firstRow;
   target.capacity = publication.capacity;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "host/rounds.hpp"
 
+#include <limits>
+
 namespace mscclpp_ep {
 
 namespace {
@@ -68,6 +70,33 @@ void requireEntries(const HostContext& context, const std::vector<Message>& entr
   }
   requireAll(statuses, name(static_cast<Operation>(own.signature.operation)));
   requireAgreement(signatures);
+}
+
+DispatchPublish decodePublish(const Message& message, std::size_t rank) {
+  const auto publication = decode<DispatchPublish>(message);
+  if (publication.capacity < 0 || publication.firstRow < 0 ||
+      publication.firstRow > std::numeric_limits<std::int32_t>::max()) {
+    throw PeerFailure(
+        cat("rank ", rank, " published row ", publication.firstRow, " of ", publication.capacity));
+  }
+  return publication;
+}
+
+void finishReading(const HostContext& context) {
+  const TraceScope scope(context.trace, "await readers");
+  for (int peer = 0; peer < context.size(); ++peer) {
+    if (peer != context.rank()) context.raise(kRowsRead, peer, 0);
+  }
+  const auto late = [&] {
+    Awaited readers{{}, "the reading of this rank's rows"};
+    for (int peer = 0; peer < context.size(); ++peer) {
+      const bool read =
+          peer == context.rank() || context.masked(peer) || context.raised(kRowsRead, peer) >= 0;
+      if (!read) readers.ranks.push_back(peer);
+    }
+    return readers;
+  };
+  context.transport.wait([&] { return late().ranks.empty(); }, late);
 }
 
 void postRefusal(HostContext& context, Operation operation, std::string_view why) {

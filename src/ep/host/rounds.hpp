@@ -52,6 +52,13 @@ const std::vector<Message>& exchangeEntries(HostContext& context,
 /// all ranks say.
 void requireEntries(const HostContext& context, const std::vector<Message>& entries);
 
+/// What a rank has published of where rows go. Throws PeerFailure if there can be no such rows.
+DispatchPublish decodePublish(const Message& message, std::size_t rank);
+
+/// Tells the peers that this rank has read the rows of a combine, and returns when they have read
+/// this rank's.
+void finishReading(const HostContext& context);
+
 /// Takes part in an operation by refusing it.
 void postRefusal(HostContext& context, Operation operation, std::string_view why);
 
