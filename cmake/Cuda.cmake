@@ -28,7 +28,3 @@ if(NOT mscclpp_ep_cuda_wanted STREQUAL "OFF")
                         "toolkit, and set CUDACXX to its nvcc if that is not on the PATH.")
   endif()
 endif()
-
-message(STATUS "mscclpp_ep ${PROJECT_VERSION}: cpu yes, cuda ${mscclpp_ep_cuda}, mscclpp no, ucx no; "
-               "python ${MSCCLPP_EP_BUILD_PYTHON}, tests ${MSCCLPP_EP_BUILD_TESTS}, "
-               "examples ${MSCCLPP_EP_BUILD_EXAMPLES}, sanitize '${MSCCLPP_EP_SANITIZE}'")

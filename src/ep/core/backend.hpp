@@ -41,6 +41,7 @@ struct DispatchRequest {
   CallOptions call;
   std::int64_t numTokens = 0;
   std::shared_ptr<const SendPlan> plan;
+  std::shared_ptr<const void> choices;  ///< elements of the inputs' topkIdx, on the host
   std::vector<std::int32_t> perExpert;  ///< [E] the inputs' numTokensPerExpert; empty if cached
   std::shared_ptr<const ExpertPlacement> placement;
   std::shared_ptr<const HandleState> cached;  ///< whose routing is repeated; null: a new one

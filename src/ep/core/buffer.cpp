@@ -186,7 +186,7 @@ PendingDispatch Buffer::beginDispatch(const DispatchInputs& inputs, const Dispat
     impl().backend().beginCall(call);
     DispatchRequest checked = validateDispatch(impl().facts, inputs, options);
     checked.placement = impl().placement(checked.signature.numExperts);
-    validateExpertCounts(impl().facts, checked);
+    validateExpertCounts(checked);
     return checked;
   });
   request.call = call;

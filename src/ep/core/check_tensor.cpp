@@ -43,9 +43,8 @@ bool shapeFits(const Expected& expected, const TensorView& tensor) {
 }
 
 template <typename Index>
-void checkIds(const TensorView& topkIdx, const BufferFacts& facts, std::int64_t numExperts) {
-  const auto held = facts.read(topkIdx);
-  const auto* ids = static_cast<const Index*>(held.get());
+void checkIds(const TensorView& topkIdx, const void* elements, std::int64_t numExperts) {
+  const auto* ids = static_cast<const Index*>(elements);
   const std::int64_t count = numElements(topkIdx);
   const std::int64_t topk = topkIdx.shape[1];
   bool sound = true;
@@ -78,15 +77,17 @@ void checkAbsent(const TensorView& tensor, const char* name, const char* why) {
   EP_EXPECTS(!tensor, name, " is ", toString(tensor), "; it must be left out ", why);
 }
 
-void checkTopkIdx(const TensorView& topkIdx, const BufferFacts& facts, std::int64_t numTokens,
-                  std::int64_t numExperts) {
+std::shared_ptr<const void> checkTopkIdx(const TensorView& topkIdx, const BufferFacts& facts,
+                                         std::int64_t numTokens, std::int64_t numExperts) {
   checkTensor(topkIdx, facts.options.device,
               {"topk_idx", {DataType::int32, DataType::int64}, {numTokens, kAnyExtent}, "[T, K]"});
+  std::shared_ptr<const void> ids = facts.read(topkIdx);
   if (topkIdx.dtype == DataType::int32) {
-    checkIds<std::int32_t>(topkIdx, facts, numExperts);
+    checkIds<std::int32_t>(topkIdx, ids.get(), numExperts);
   } else {
-    checkIds<std::int64_t>(topkIdx, facts, numExperts);
+    checkIds<std::int64_t>(topkIdx, ids.get(), numExperts);
   }
+  return ids;
 }
 
 void checkNumExperts(const BufferFacts& facts, std::int64_t numExperts) {

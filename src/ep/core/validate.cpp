@@ -16,10 +16,9 @@ constexpr double kLongestTimeout = 1e9;
 
 /// The choices of tokens that go to the rank of their expert, by expert.
 template <typename Index>
-std::vector<std::int64_t> countChoices(const BufferFacts& facts, const DispatchRequest& request) {
+std::vector<std::int64_t> countChoices(const DispatchRequest& request) {
   const TensorView& topkIdx = request.inputs.topkIdx;
-  const auto held = facts.read(topkIdx);
-  const auto* ids = static_cast<const Index*>(held.get());
+  const auto* ids = static_cast<const Index*>(request.choices.get());
   const auto* heads = request.plan->head.data();
   const auto ranks = static_cast<std::int64_t>(request.plan->numRows.size());
   std::vector<std::int64_t> counts(static_cast<std::size_t>(request.placement->numExperts()));
@@ -65,11 +64,13 @@ void describeRows(const BufferFacts& facts, const DispatchInputs& inputs, Signat
 }
 
 /// Fills in what top-k says.
-void describeTopk(const BufferFacts& facts, const DispatchInputs& inputs, Signature& signature) {
+void describeTopk(const BufferFacts& facts, DispatchRequest& request) {
+  const DispatchInputs& inputs = request.inputs;
+  Signature& signature = request.signature;
   EP_EXPECTS(!inputs.topkIdx == !inputs.topkWeights, "topk_idx is ", toString(inputs.topkIdx),
              " and topk_weights is ", toString(inputs.topkWeights), "; give both or neither");
   if (!inputs.topkIdx) return;
-  checkTopkIdx(inputs.topkIdx, facts, inputs.x.shape[0], signature.numExperts);
+  request.choices = checkTopkIdx(inputs.topkIdx, facts, inputs.x.shape[0], signature.numExperts);
   signature.topk = inputs.topkIdx.shape[1];
   checkTensor(inputs.topkWeights, facts.options.device,
               {"topk_weights",
@@ -170,7 +171,7 @@ DispatchRequest validateDispatch(const BufferFacts& facts, const DispatchInputs&
               {"num_tokens_per_expert", {DataType::int32}, {kAnyExtent}, "[E]"});
   signature.numExperts = inputs.numTokensPerExpert.shape[0];
   checkNumExperts(facts, signature.numExperts);
-  describeTopk(facts, inputs, signature);
+  describeTopk(facts, request);
   checkDispatchOptions(options, signature.topk >= 0);
   EP_EXPECTS(request.numTokens <= std::numeric_limits<std::int32_t>::max(), "x is ",
              toString(inputs.x), "; T must be below 2^31");
@@ -207,11 +208,11 @@ DispatchRequest validateCachedDispatch(const BufferFacts& facts, const DispatchI
   return request;
 }
 
-void validateExpertCounts(const BufferFacts& facts, const DispatchRequest& request) {
+void validateExpertCounts(const DispatchRequest& request) {
   if (!request.inputs.topkIdx) return;
   const auto counts = request.inputs.topkIdx.dtype == DataType::int32
-                          ? countChoices<std::int32_t>(facts, request)
-                          : countChoices<std::int64_t>(facts, request);
+                          ? countChoices<std::int32_t>(request)
+                          : countChoices<std::int64_t>(request);
   const std::vector<std::int32_t>& given = request.perExpert;
   for (std::size_t e = 0; e < counts.size(); ++e) {
     EP_EXPECTS(given[e] == counts[e], "num_tokens_per_expert[", e, "] is ", given[e],

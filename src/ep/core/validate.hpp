@@ -31,15 +31,13 @@ void validateCall(const BufferFacts& facts, const CallOptions& call);
 void validateLayout(const BufferFacts& facts, const TensorView& topkIdx, std::int64_t numExperts,
                     const LayoutOutputs& outputs);
 
-/// `signature`, `inputs`, `options`, `numTokens`, `plan` and `perExpert` are filled in; the rest is
-/// not.
-/// validateExpertCounts() follows when `placement` is, too.
+/// `placement` and `call` are not filled in yet; validateExpertCounts() follows when they are.
 DispatchRequest validateDispatch(const BufferFacts& facts, const DispatchInputs& inputs,
                                  const DispatchOptions& options);
 DispatchRequest validateCachedDispatch(const BufferFacts& facts, const DispatchInputs& inputs,
                                        const DispatchHandle& handle);
 /// Counts per expert are those of the choices of the tokens that go to the expert's rank.
-void validateExpertCounts(const BufferFacts& facts, const DispatchRequest& request);
+void validateExpertCounts(const DispatchRequest& request);
 void validateDispatchOutputs(const PendingState& pending, const DispatchOutputs& outputs);
 
 CombineRequest validateCombine(const BufferFacts& facts, const CombineInputs& inputs,

@@ -280,15 +280,7 @@ void RowMover::raisePushed(std::int64_t sentTokens) {
 
 void RowMover::awaitRows() {
   const TraceScope scope(context_.trace, "await rows");
-  const auto missing = [&] {
-    Awaited late{{}, "the rows"};
-    for (std::size_t r = 0; r < numRanks(); ++r) {
-      const int rank = static_cast<int>(r);
-      const bool arrived = context_.raised(kRowsPushed, rank) >= numKeptFrom_[r];
-      if (rank != context_.rank() && !arrived && !context_.masked(r)) late.ranks.push_back(rank);
-    }
-    return late;
-  };
+  const auto missing = [&] { return missingRows(context_, kRowsPushed, numKeptFrom_, "the rows"); };
   context_.transport.wait([&] { return landing_.takeArrived(); }, missing);
   for (std::size_t r = 0; r < numRanks(); ++r) {
     if (context_.masked(r)) forsake(r);

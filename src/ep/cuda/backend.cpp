@@ -7,6 +7,7 @@
 #include "cuda/dispatch.hpp"
 #include "cuda/placement.hpp"
 #include "mscclpp_ep/diagnostics.hpp"
+#include "mscclpp_ep/event.hpp"
 #include "transport/cuda_memory.hpp"
 
 namespace mscclpp_ep {
@@ -80,13 +81,7 @@ class CudaBackend final : public HostBackend {
 
 void CudaBackend::beginCall(const CallOptions& call) {
   requireUsable();
-  const CurrentDevice current(device_);
-  const auto stream = static_cast<cudaStream_t>(call.stream.handle());
-  cudaEvent_t begun = nullptr;
-  EP_CUDA_TRY(cudaEventCreateWithFlags(&begun, cudaEventDisableTiming), "cannot make an event");
-  const std::unique_ptr<CUevent_st, cudaError_t (*)(cudaEvent_t)> owner(begun, cudaEventDestroy);
-  EP_CUDA_TRY(cudaEventRecord(begun, stream), "cannot record an event on the call's stream");
-  EP_CUDA_TRY(cudaStreamWaitEvent(stream_.get(), begun), "cannot wait for the call's stream");
+  Event(call.stream, device_).wait(commStream());
 }
 
 std::shared_ptr<const void> CudaBackend::read(const TensorView& tensor) {

@@ -7,7 +7,7 @@
 #include "cuda/device/warp.cuh"
 #include "cuda/device/words.cuh"
 #include "cuda/kernels.hpp"
-#include "cuda/runtime.hpp"
+#include "transport/cuda_check.hpp"
 
 namespace mscclpp_ep::cuda {
 

@@ -6,7 +6,7 @@
 #include "cuda/device/slices.cuh"
 #include "cuda/device/warp.cuh"
 #include "cuda/kernels.hpp"
-#include "cuda/runtime.hpp"
+#include "transport/cuda_check.hpp"
 
 namespace mscclpp_ep::cuda {
 

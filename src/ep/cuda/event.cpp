@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "mscclpp_ep/event.hpp"
 
-#include "cuda/runtime.hpp"
+#include "transport/cuda_check.hpp"
 
 namespace mscclpp_ep {
 

@@ -12,29 +12,32 @@
 
 namespace mscclpp_ep::cuda {
 
-/// The placement of experts, on the GPU; copied there when it has changed.
+/// The placement of experts, on the GPU. Of one buffer it depends on their number only, and is
+/// copied there when that has changed.
 class DevicePlacement {
  public:
   PlacementArrays get(const ExpertPlacement& placement, DevicePool& pool, cudaStream_t stream) {
+    if (numExperts_ != placement.numExperts()) upload(placement, pool, stream);
+    return {reinterpret_cast<const std::int32_t*>(owner_.get()),
+            reinterpret_cast<const std::int32_t*>(localIndex_.get())};
+  }
+
+ private:
+  void upload(const ExpertPlacement& placement, DevicePool& pool, cudaStream_t stream) {
     std::vector<std::int32_t> owner;
     std::vector<std::int32_t> localIndex;
     for (std::int64_t e = 0; e < placement.numExperts(); ++e) {
       owner.push_back(placement.owner(e));
       localIndex.push_back(placement.localIndex(e));
     }
-    if (owner != owner_) {
-      ownerOnGpu_ = pool.upload(std::span<const std::int32_t>(owner), stream);
-      localIndexOnGpu_ = pool.upload(std::span<const std::int32_t>(localIndex), stream);
-      owner_ = std::move(owner);
-    }
-    return {reinterpret_cast<const std::int32_t*>(ownerOnGpu_.get()),
-            reinterpret_cast<const std::int32_t*>(localIndexOnGpu_.get())};
+    owner_ = pool.upload(std::span<const std::int32_t>(owner), stream);
+    localIndex_ = pool.upload(std::span<const std::int32_t>(localIndex), stream);
+    numExperts_ = placement.numExperts();
   }
 
- private:
-  std::vector<std::int32_t> owner_;  ///< local indices follow from it
-  std::shared_ptr<std::byte> ownerOnGpu_;
-  std::shared_ptr<std::byte> localIndexOnGpu_;
+  std::int64_t numExperts_ = -1;
+  std::shared_ptr<std::byte> owner_;
+  std::shared_ptr<std::byte> localIndex_;
 };
 
 }  // namespace mscclpp_ep::cuda

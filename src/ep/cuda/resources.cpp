@@ -5,17 +5,6 @@
 
 namespace mscclpp_ep::cuda {
 
-std::byte* PinnedMemory::reserve(std::size_t bytes) {
-  if (bytes > bytes_) {
-    EP_CUDA_TRY(cudaFreeHost(std::exchange(data_, nullptr)), "cannot free host memory");
-    bytes_ = 0;
-    const std::size_t wanted = blockBytes(bytes);
-    EP_CUDA_TRY(cudaMallocHost(&data_, wanted), "cannot take ", wanted, " bytes of host memory");
-    bytes_ = wanted;
-  }
-  return static_cast<std::byte*>(data_);
-}
-
 /// Blocks by size: those that are free, and those that the GPU may still use.
 struct DevicePool::Shelves {
   ~Shelves() {

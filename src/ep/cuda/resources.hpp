@@ -11,7 +11,7 @@
 #include <span>
 #include <vector>
 
-#include "cuda/runtime.hpp"
+#include "transport/cuda_check.hpp"
 
 namespace mscclpp_ep::cuda {
 
@@ -33,22 +33,6 @@ class OwnedStream {
 
  private:
   cudaStream_t stream_ = nullptr;
-};
-
-/// Memory of the host that the GPU copies from and to, which grows as it is needed. Its bytes last
-/// until the next call.
-class PinnedMemory {
- public:
-  PinnedMemory() = default;
-  ~PinnedMemory() { (void)cudaFreeHost(data_); }
-  PinnedMemory(const PinnedMemory&) = delete;
-  PinnedMemory& operator=(const PinnedMemory&) = delete;
-
-  std::byte* reserve(std::size_t bytes);
-
- private:
-  void* data_ = nullptr;
-  std::size_t bytes_ = 0;
 };
 
 /// GPU memory that peers do not reach, kept for reuse when its user lets go of it: cudaMalloc and

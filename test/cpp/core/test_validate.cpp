@@ -175,7 +175,7 @@ std::string countsMessage(const std::function<void(Arguments&)>& change) {
   DispatchRequest request = arguments.validate();
   request.placement =
       std::make_shared<ExpertPlacement>(kExperts, kRanks, arguments.options.expertMap);
-  return messageOf([&] { validateExpertCounts(arguments.facts, request); });
+  return messageOf([&] { validateExpertCounts(request); });
 }
 
 TEST_CASE("counts per expert are those of the choices that are sent") {
