@@ -100,6 +100,16 @@ class Case:
         """The rows that a rank receives from the others."""
         return self.received_by(rank) - int(self.in_rank[rank, :, rank].sum())
 
+    def sent_to_others(self, rank: int) -> int:
+        """The rows that a rank sends to the others."""
+        return int(self.in_rank[rank].sum()) - int(self.in_rank[rank, :, rank].sum())
+
+    @property
+    def rows_crossing(self) -> int:
+        """The most rows that any rank sends to the others, or receives from them."""
+        ranks = range(self.settings.ranks)
+        return max(max(self.sent_to_others(r), self.received_from_others(r)) for r in ranks)
+
     def choices_received_by(self, rank: int) -> int:
         """How many choices are of experts of a rank: rows, if each expert gets its own."""
         held = self.settings.experts_held
@@ -119,6 +129,17 @@ class Case:
         """What dispatch must give this rank, in the order of sources and tokens."""
         sources = range(self.settings.ranks)
         return np.concatenate([self.tokens_of(r)[self.sent_to(r, self.rank)] for r in sources])
+
+    def expected_choices(self) -> tuple[Ids, Floats]:
+        """The choices, as local ids or -1, and weights that come with the rows of dispatch."""
+        held, sources = self.settings.experts_held, range(self.settings.ranks)
+        choices = np.concatenate([self.choices_of(r)[self.sent_to(r, self.rank)] for r in sources])
+        weights = np.concatenate([self.weights_of(r)[self.sent_to(r, self.rank)] for r in sources])
+        here = choices // held == self.rank
+        return (
+            np.where(here, choices - held * self.rank, -1),
+            np.where(here, weights, np.float32(0)),
+        )
 
     def expected_sums(self) -> Bits:
         """What combine must give this rank: sums in float32, ranks ascending, rounded once."""

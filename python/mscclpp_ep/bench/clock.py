@@ -42,12 +42,31 @@ class SpinBarrier:
         self._rank = rank
         self._turn = 0
 
-    def wait(self) -> None:
-        """Returns when every rank has called it. A rank that died is noticed by the parent."""
+    @property
+    def turn(self) -> int:
+        """How often this rank has waited."""
+        return self._turn
+
+    def wait(self, patience: float | None = None) -> None:
+        """Returns when every rank has called it. A rank that died is noticed by the parent.
+
+        Raises:
+            TimeoutError: a rank did not come within `patience` seconds; `realign` comes next.
+        """
         self._turn += 1
         self._arrived[self._rank] = self._turn
+        deadline = None if patience is None else time.monotonic() + patience
         while int(self._arrived.min()) < self._turn:
             os.sched_yield()
+            if deadline is not None and time.monotonic() > deadline:
+                late = np.flatnonzero(self._arrived < self._turn).tolist()
+                msg = f"rank {', '.join(map(str, late))} did not come to a barrier"
+                raise TimeoutError(msg)
+
+    def realign(self, turn: int) -> None:
+        """Goes on from a turn that all ranks agreed on, beyond those of each."""
+        self._turn = turn
+        self._arrived[self._rank] = turn
 
 
 class Clock:

@@ -107,13 +107,11 @@ class HighThroughput:
         self._clock = clock
         self._threads = settings.threads
         self._buffer = self._make(0)
-        # Room for what one dispatch receives, which `_fill` then takes.
-        row_bytes = settings.row_bytes + settings.topk * (8 + 4) + 4
-        room = settings.ranks * settings.tokens * row_bytes + (1 << 16)
+        room = room_of_dispatch(settings)
         self._full = self._make(room)
         self._sealed = self._make(0, integrity_check=True)
         self._held: list[Any] = []
-        _fill(self._full, self._held, room)
+        fill(self._full, self._held, room, np.uint8)
 
     def _make(self, max_arena_bytes: int, *, integrity_check: bool = False) -> ep.Buffer:
         return ep.Buffer(
@@ -177,11 +175,17 @@ def _in_arena(buffer: ep.Buffer, rows: Any) -> Any:
     return copy
 
 
-def _fill(buffer: ep.Buffer, held: list[Any], size: int) -> None:
-    """Takes all blocks of the arena, from large ones to small ones."""
+def room_of_dispatch(settings: Settings) -> int:
+    """Bytes of the arena that are enough for what one dispatch receives."""
+    row_bytes = settings.row_bytes + settings.topk * (8 + 4) + 4
+    return settings.ranks * settings.tokens * row_bytes + (1 << 16)
+
+
+def fill(buffer: ep.Buffer, held: list[Any], size: int, dtype: Any) -> None:
+    """Takes all blocks of the arena, from large ones to small ones, as bytes of `dtype`."""
     while size >= _SMALLEST_BLOCK:
         before = buffer.stats().held_bytes
-        block = buffer.empty([size], np.uint8)
+        block = buffer.empty([size], dtype)
         if buffer.stats().held_bytes > before:
             held.append(block)
         else:
@@ -194,15 +198,11 @@ def _check_dispatch(op: str, result: tuple[Any, ...], rows: Bits, case: Case) ->
     if len(recv_idx) != len(rows) or len(recv_weights) != len(rows):
         msg = f"{op}: {len(recv_idx)} indices and {len(recv_weights)} weights, {len(rows)} rows"
         raise WrongResultError(msg)
-    held = case.settings.experts_held
-    sources = range(case.settings.ranks)
-    choices = np.concatenate([case.choices_of(r)[case.sent_to(r, case.rank)] for r in sources])
-    weights = np.concatenate([case.weights_of(r)[case.sent_to(r, case.rank)] for r in sources])
-    here = choices // held == case.rank
+    choices, weights = case.expected_choices()
     same = (
-        np.array_equal(recv_idx, np.where(here, choices - held * case.rank, -1))
-        and np.array_equal(recv_weights, np.where(here, weights, np.float32(0)))
-        and sum(counts) == int(here.sum())
+        np.array_equal(recv_idx, choices)
+        and np.array_equal(recv_weights, weights)
+        and sum(counts) == int((choices >= 0).sum())
     )
     if not same:
         msg = f"{op}: the choices or weights received are wrong"

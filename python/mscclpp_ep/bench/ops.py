@@ -5,6 +5,8 @@ from __future__ import annotations
 
 OURS = "mscclpp_ep"
 LIMIT = "limit"
+FLOOR = "floor"
+START = "start"  # of a peer
 
 DISPATCH = "dispatch"
 COMBINE = "combine"
@@ -19,7 +21,15 @@ SEALED_COMBINE = "combine, integrity check"
 COLD_DISPATCH = "dispatch, cold"
 COLD_COMBINE = "combine, cold"
 
-# Of the LL mode. Plain is bfloat16, as peers send it.
+# Of GPUs. The plain dispatch asks the host for its counts.
+CACHED_DISPATCH = "dispatch, cached"
+WORST_DISPATCH = "dispatch, worst-case rows"
+CACHED_FP8_DISPATCH = "dispatch, FP8, cached"
+WEIGHTED_COMBINE = "combine, with weights"
+CACHED_CHAINED = "chained, cached"
+GRAPH_CHAINED = "chained, CUDA graph"
+
+# Of the LL mode and of GPUs. Plain is bfloat16, as peers of the LL mode send it.
 FP8_DISPATCH = "dispatch, FP8"
 
 

@@ -38,7 +38,7 @@ class Options:
     threads: int | None
     flush: int
     seed: int | None
-    peers: str
+    peers: str | None
     routing: Routing | None
 
 
@@ -78,7 +78,7 @@ def plan(options: Options, mode: str) -> Settings:
         flush=options.flush,
         chain=options.chain,
         seed=secrets.randbits(32) if options.seed is None else options.seed,
-        peers=_peers(options.peers),
+        peers=chosen_peers(options.peers, PEERS),
         routing=routing,
     )
     _check_memory(settings)
@@ -127,10 +127,17 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _peers(text: str) -> tuple[str, ...]:
+def chosen_peers(text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that --peers names; all, if it is left out.
+
+    Raises:
+        InputError: one is not known.
+    """
+    if text is None:
+        return known
     wanted = () if text in {"", "none"} else tuple(dict.fromkeys(text.split(",")))
-    if unknown := set(wanted) - set(PEERS):
-        raise InputError(f"--peers has {', '.join(sorted(unknown))}; known: {', '.join(PEERS)}")
+    if unknown := set(wanted) - set(known):
+        raise InputError(f"--peers has {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     return wanted
 
 

@@ -43,14 +43,18 @@ def print_report(console: Console, results: Results) -> None:
             table.add_section()
         previous = (row.system, row.tokens)
         table.add_row(*_cells(row, peers))
-    # Whole, however narrow the terminal is, and if there is none.
-    wide = console.options.update(max_width=_MOST_WIDTH)
-    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
-    console.print(table)
+    print_whole(console, table)
     for op in ("dispatch", "combine"):
         limit = results.limit(settings.tokens, op)
         if limit is not None:
             console.print(f"limit of {op}: {_number(limit[1])} µs ({limit[0]})")
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Prints a table whole, however narrow the terminal is, and if there is none."""
+    wide = console.options.update(max_width=_MOST_WIDTH)
+    console.width = max(console.width, Measurement.get(console, wide, table).maximum)
+    console.print(table)
 
 
 def _sizes(settings: Settings) -> str:

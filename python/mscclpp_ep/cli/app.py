@@ -139,4 +139,4 @@ def doctor(
             demos.write_json(report)
         else:
             doctors.print_report(Console(highlight=False, soft_wrap=True), report)
-    raise typer.Exit(0 if report["self_test"]["passed"] else 1)
+    raise typer.Exit(0 if doctors.passed(report) else 1)

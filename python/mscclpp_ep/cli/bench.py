@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: MIT
 """The options of `bench`, and what it prints and writes."""
 
-import contextlib
 import enum
 import json as json_format
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import mscclpp_ep as ep
 from mscclpp_ep.bench import report, runs
 from mscclpp_ep.bench.bounds import bounds_of
 from mscclpp_ep.bench.checks import WrongResultError
+from mscclpp_ep.bench.gpu_peers import GPU_PEERS
+from mscclpp_ep.bench.gpu_settings import DEFAULT_SMS
 from mscclpp_ep.bench.peers import PEERS, not_measurable
 from mscclpp_ep.bench.plan import Options, plan
 from mscclpp_ep.bench.plot import check_plot, draw
@@ -24,11 +23,20 @@ from mscclpp_ep.bench.results import to_json
 from mscclpp_ep.bench.routing import read_routing
 from mscclpp_ep.bench.settings import HT, LL, MODES, Settings
 from mscclpp_ep.cli import InputError
-from mscclpp_ep.cli.status import errors, exit_statuses, fail
+from mscclpp_ep.cli.bench_gpu import run_on_gpus
+from mscclpp_ep.cli.progress import progress
+from mscclpp_ep.cli.status import exit_statuses, fail
 
 _SIZES = "Sizes"
 _METHOD = "Method"
 _OUTPUT = "Output"
+
+
+class Device(str, enum.Enum):
+    """What to measure on."""
+
+    cpu = "cpu"
+    cuda = "cuda"
 
 
 class Mode(str, enum.Enum):
@@ -40,6 +48,13 @@ class Mode(str, enum.Enum):
 
 
 def bench(  # noqa: PLR0913, PLR0917 (each parameter is an option)
+    device: Annotated[
+        Device,
+        typer.Option(
+            help="What ranks are on; cuda needs torch. Rank r is on GPU r modulo their number.",
+            rich_help_panel=_SIZES,
+        ),
+    ] = Device.cpu,
     mode: Annotated[
         Mode, typer.Option(help="ht: high throughput, ll: low latency.", rich_help_panel=_SIZES)
     ] = Mode.both,
@@ -48,7 +63,7 @@ def bench(  # noqa: PLR0913, PLR0917 (each parameter is an option)
         typer.Option(
             min=1,
             max=256,
-            show_default="2, or as recorded",
+            show_default="2, or as recorded; GPUs, if there are more",
             help="Processes to start.",
             rich_help_panel=_SIZES,
         ),
@@ -107,13 +122,22 @@ def bench(  # noqa: PLR0913, PLR0917 (each parameter is an option)
             rich_help_panel=_SIZES,
         ),
     ] = None,
-    peers: Annotated[
-        str,
+    sms: Annotated[
+        str | None,
         typer.Option(
+            show_default=DEFAULT_SMS,
+            help="Multiprocessors that a call may use on a GPU, with commas between.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            show_default=f"{','.join(PEERS)}; on GPUs {','.join(GPU_PEERS)}",
             help='Other systems to measure, with commas between, or "none".',
             rich_help_panel=_METHOD,
         ),
-    ] = ",".join(PEERS),
+    ] = None,
     iters: Annotated[
         int, typer.Option(min=1, help="Timed calls of each.", rich_help_panel=_METHOD)
     ] = 20,
@@ -149,7 +173,8 @@ def bench(  # noqa: PLR0913, PLR0917 (each parameter is an option)
             min=0,
             max=65535,
             metavar="MB",
-            help="Other memory that is read before each timed call.",
+            help="Other memory that is read before each timed call; on GPUs it is written, and is "
+            "twice the second-level cache at least.",
             rich_help_panel=_METHOD,
         ),
     ] = 64,
@@ -186,6 +211,11 @@ def bench(  # noqa: PLR0913, PLR0917 (each parameter is an option)
     idle machine: ranks are processes that need a core each.
     """
     with exit_statuses():
+        on_gpus = device is Device.cuda
+        if on_gpus and (require or plot is not None):
+            raise InputError("--require and --plot are of the CPU: leave out --device cuda")
+        if not on_gpus and sms is not None:
+            raise InputError("--sms is of GPUs: add --device cuda")
         if require and mode is Mode.ll:
             raise InputError("--require needs the ht mode: there are no bounds of the ll mode")
         for path in (json, plot):
@@ -212,6 +242,9 @@ def bench(  # noqa: PLR0913, PLR0917 (each parameter is an option)
             peers=peers,
             routing=recorded,
         )
+        if on_gpus:
+            met = run_on_gpus(options, mode.value, DEFAULT_SMS if sms is None else sms, json)
+            raise typer.Exit(0 if met else 1)
         met = _run(options, mode, json, plot)
     raise typer.Exit(1 if require and not met else 0)
 
@@ -221,7 +254,7 @@ def _run(options: Options, mode: Mode, json: Path | None, plot: Path | None) -> 
     load = os.getloadavg()[0]
     planned, not_measured = _plan(options, mode)
     results = []
-    with _progress(sum(map(runs.steps_of, planned))) as on_step:
+    with progress(sum(map(runs.steps_of, planned))) as on_step:
         for settings in planned:
             try:
                 each, failed = runs.measure(settings, on_step)
@@ -276,17 +309,3 @@ def _check_output(path: Path | None) -> None:
         raise InputError(f"cannot write {path}: there is no folder {path.parent}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise InputError(f"cannot write {path}: no permission")
-
-
-@contextlib.contextmanager
-def _progress(steps: int) -> Iterator[Callable[[str], None]]:
-    """Show, on standard error if it is a terminal, what is measured at the time."""
-    columns = (TextColumn("{task.description:32}"), BarColumn(), TimeElapsedColumn())
-    # Drawn at steps only: a thread that draws all the time would take a core from what is measured.
-    with Progress(*columns, console=errors, transient=True, auto_refresh=False) as progress:
-        bar = progress.add_task("start", total=steps + 1)
-
-        def on_step(step: str) -> None:
-            progress.update(bar, advance=1, description=step, refresh=True)
-
-        yield on_step

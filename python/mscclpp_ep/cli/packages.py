@@ -9,7 +9,10 @@ from collections.abc import Mapping
 from importlib import metadata
 
 _NAMES = ("numpy", "ml_dtypes", "torch", "jax", "jaxlib", "cupy", "mpi4py", "nanobind-backend")
-_VARIABLES = {"MSCCLPP_EP_PORT", "MSCCLPP_EP_SIMD", "MSCCLPP_EP_TOKEN", "MSCCLPP_EP_TRACE"}
+_VARIABLES = {
+    *("MSCCLPP_EP_DEVICE", "MSCCLPP_EP_PORT", "MSCCLPP_EP_SIMD", "MSCCLPP_EP_TOKEN"),
+    "MSCCLPP_EP_TRACE",
+}
 _SECRET = {"MSCCLPP_EP_TOKEN"}
 
 

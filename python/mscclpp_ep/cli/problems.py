@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from mscclpp_ep.cli import gpus
 from mscclpp_ep.cli.packages import unknown_variables
 from mscclpp_ep.cli.report import size
 
@@ -19,7 +20,10 @@ Problem = tuple[str, str]
 
 def find_problems(report: dict[str, Any]) -> list[dict[str, str]]:
     """Return what is wrong, each with what to do about it, the worst first."""
-    finders = (_of_sharing, _of_test, _of_limits, _of_memory, _of_cores, _of_build, _of_packages)
+    finders = (
+        *(_of_sharing, _of_test, gpus.problems, _of_limits, _of_memory, _of_cores, _of_build),
+        _of_packages,
+    )
     return [
         {"problem": problem, "advice": advice}
         for finder in finders
