@@ -99,6 +99,7 @@ class _Worker:
 
     def run(self) -> GpuMeasured:
         base, rank = self._settings.base, self._rank
+        device = self._describe()
         clock = GpuClock(
             self._torch,
             self._device,
@@ -124,7 +125,7 @@ class _Worker:
             pushes=ours.pushes,
             failures=attempts.failures,
             profiler_error=clock.profiler_error,
-            device=self._describe(),
+            device=device,
         )
 
     def _agree_on_sms(self, group: ep.Group) -> tuple[int, ...]:
@@ -186,6 +187,8 @@ class _Worker:
     def _describe(self) -> dict[str, Any]:
         torch = self._torch
         found = torch.cuda.get_device_properties(torch.cuda.current_device())
+        distributed = torch.distributed
+        has_nccl = distributed.is_available() and distributed.is_nccl_available()
         return {
             "gpu": torch.cuda.current_device(),
             "name": found.name,
@@ -193,7 +196,7 @@ class _Worker:
             "multiprocessors": found.multi_processor_count,
             "cache": found.L2_cache_size,
             "cuda": torch.version.cuda,
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if has_nccl else None,
         }
 
 
