@@ -105,21 +105,28 @@ def check_call(
         raise InvalidArgument(msg)
 
 
-def begin_call(
+def order_call(
     framework: Framework,
     previous_event: EventOverlap | EventHandle | None,
+    async_finish: bool,
     stream: Any,
     device: str,
-) -> int | None:
-    """The stream that a call is ordered by, which waits for an event; None on the CPU."""
-    handle: int | None = None
-    if device != CPU:
-        gpu = gpu_of(device)
-        handle = framework.current_stream(gpu) if stream is None else stream_handle(stream)
+    num_sms: int = 0,
+) -> _core.Ordering:
+    """How a call is ordered with the caller's other work."""
     event = _event_of(previous_event)
-    if isinstance(event, EventHandle):
-        event.wait_on(handle)
-    return handle
+    if device == CPU:
+        if isinstance(event, EventHandle):
+            event.synchronize()
+        return _core.Ordering()
+    return _core.Ordering(
+        stream=framework.current_stream(gpu_of(device))
+        if stream is None
+        else stream_handle(stream),
+        previous=event.core if isinstance(event, EventHandle) else None,
+        asynchronous=async_finish,
+        num_sms=num_sms,
+    )
 
 
 def _event_of(event: object) -> object:

@@ -29,6 +29,7 @@ class Framework:
     """How one framework's tensors are imported, exported and described."""
 
     name = "array API"
+    has_streams = True  # if not, its arrays are complete, and so must be those it is given
 
     def __init__(self, namespace: Any, device: Any = None) -> None:
         """Of a module, and of what it calls the device of the tensors, if that needs to be told."""
@@ -42,6 +43,11 @@ class Framework:
         """
         del gpu
         return 0
+
+    def record_use(self, arrays: Sequence[Array | None], stream: int, gpu: int) -> bool:
+        """Lets the framework's allocator know that a stream uses tensors; False if it cannot."""
+        del arrays, stream, gpu
+        return False
 
     def view(self, array: Array) -> _core.View:
         """Imports a tensor without a copy."""
@@ -125,6 +131,13 @@ class _Torch(Framework):
     def current_stream(self, gpu: int) -> int:
         return torch_stream(self._namespace, gpu)
 
+    def record_use(self, arrays: Sequence[Array | None], stream: int, gpu: int) -> bool:
+        user = self._namespace.cuda.ExternalStream(stream, device=gpu)
+        for array in arrays:
+            if isinstance(array, self._namespace.Tensor):
+                array.record_stream(user)
+        return True
+
     def view(self, array: Array) -> _core.View:
         return _core.View(array.detach() if array.requires_grad else array)
 
@@ -180,6 +193,7 @@ class _Jax(Framework):
     """
 
     name = "jax"
+    has_streams = False
 
     def __init__(self, namespace: Any, array: Array) -> None:
         super().__init__(namespace)

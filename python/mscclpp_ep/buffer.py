@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mscclpp_ep import _core
 from mscclpp_ep._arguments import (
-    begin_call,
     check_cached,
     check_call,
     check_given,
@@ -16,6 +15,7 @@ from mscclpp_ep._arguments import (
     integer,
     not_built,
     number,
+    order_call,
     scratch_array,
     unbuilt,
     unpack_config,
@@ -23,7 +23,7 @@ from mscclpp_ep._arguments import (
     view,
 )
 from mscclpp_ep._core import Config, InvalidArgument
-from mscclpp_ep._devices import CPU, comm_stream, device_name, gpu_of
+from mscclpp_ep._devices import CPU, comm_stream, device_name, gpu_of, stream_handle
 from mscclpp_ep._frameworks import Array, Framework, dtype_of, framework_of, resolve_dtype
 from mscclpp_ep._low_latency import LowLatencyMethods
 from mscclpp_ep._tuning import COMBINE_CHUNKS, DISPATCH_CHUNKS
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from mscclpp_ep.group import GroupLike
 
 Operation = _core.Operation
-Ordering: TypeAlias = "dict[str, Any]"  # the keyword arguments of calls for the GPU
 
 
 class Buffer(LowLatencyMethods):
@@ -57,10 +56,15 @@ class Buffer(LowLatencyMethods):
     of traces, from one device, and never written to.
 
     A buffer is on the CPU or on a GPU, as are the tensors that it takes and returns. On a GPU a
-    call waits for what is enqueued on its stream, without the GIL, and returns when its results are
-    complete; they may be used on any stream. Its stream is `stream`, or else the current one of the
-    framework of the tensors; the legacy default stream, if that has none. The low-latency methods
-    are on the CPU only.
+    call is enqueued: it comes after what is on its stream, or with `previous_event` after that
+    only; and what is put on the stream afterwards comes after the call, unless `async_finish` says
+    otherwise. The host waits for the counts of a dispatch that has neither `num_worst_tokens` nor a
+    handle, without the GIL, and for results of frameworks without streams (JAX). The stream is
+    `stream`, or else the current one of the framework of the tensors; the legacy default stream, if
+    that has none. It must live as long as the buffer. What fails on the GPU is raised by a later
+    call or `check`. Calls can be captured into CUDA graphs, a dispatch with `num_worst_tokens` or a
+    handle: every rank replays its graph as often as the others. The low-latency methods are on the
+    CPU only.
 
     Attributes:
         device: "cpu" or "cuda:N".
@@ -179,6 +183,8 @@ class Buffer(LowLatencyMethods):
         self.device: str = self._core.device
         self.rank: int = self._core.rank
         self.group_size: int = self._core.size
+        # What calls still use, of frameworks that cannot be told.
+        self._in_use: list[tuple[EventHandle, Sequence[Array | None]]] = []
 
     # Lifetime
 
@@ -233,8 +239,9 @@ class Buffer(LowLatencyMethods):
         Args:
             topk_idx: int32 or int64 [T, K], ids of experts, -1 for none.
             num_experts: E.
-            previous_event: What to wait for before reading: an `EventOverlap` or `EventHandle`.
-            async_finish: Return an event instead of waiting.
+            previous_event: What to come after, in place of what is on the stream: an
+                `EventOverlap` or `EventHandle`.
+            async_finish: Return an event, and do not let the stream wait for the call.
             allocate_on_comm_stream: Needs the two before.
             stream: What the call is ordered by on a GPU: a `cudaStream_t` as an integer, a stream
                 of Torch or CuPy, or an object with `__cuda_stream__`. None on the CPU.
@@ -252,10 +259,11 @@ class Buffer(LowLatencyMethods):
         imported = view("topk_idx", topk_idx)
         framework = framework_of(topk_idx)
         experts = integer("num_experts", num_experts)
-        on = begin_call(framework, previous_event, stream, self.device)
-        per_rank, per_expert, in_rank = self._core.get_dispatch_layout(imported, experts, stream=on)
+        ordering = order_call(framework, previous_event, async_finish, stream, self.device)
+        counted = self._core.get_dispatch_layout(imported, experts, ordering)
+        per_rank, per_expert, in_rank = counted
         export = framework.export
-        event = self._finished(async_finish, on)
+        event = self._finished(framework, async_finish, [topk_idx])
         return export(per_rank), None, export(per_expert), export(in_rank), event
 
     # Dispatch
@@ -297,8 +305,9 @@ class Buffer(LowLatencyMethods):
                 received have indices -1, and what does not fit is dropped from the highest (source
                 rank, token) and reported by `check`.
             config: Its `num_sms`, if not 0, comes before the buffer's; means nothing on the CPU.
-            previous_event: What to wait for before reading: an `EventOverlap` or `EventHandle`.
-            async_finish: Return an event instead of waiting.
+            previous_event: What to come after, in place of what is on the stream: an
+                `EventOverlap` or `EventHandle`.
+            async_finish: Return an event, and do not let the stream wait for the call.
             allocate_on_comm_stream: Needs the two before.
             stream: What the call is ordered by on a GPU: a `cudaStream_t` as an integer, a stream
                 of Torch or CuPy, or an object with `__cuda_stream__`. None on the CPU.
@@ -317,7 +326,7 @@ class Buffer(LowLatencyMethods):
         del num_tokens_per_rdma_rank
         operation = Operation.dispatch if handle is None else Operation.cached_dispatch
 
-        def convert() -> tuple[Framework, list[_core.View | None], int, int, Ordering]:
+        def convert() -> tuple[Framework, list[_core.View | None], int, int, _core.Ordering]:
             check_call(previous_event, async_finish, allocate_on_comm_stream, stream, self.device)
             num_sms = unpack_config(config, Buffer.num_sms)
             rows, scales = unpack_x(x)
@@ -338,8 +347,10 @@ class Buffer(LowLatencyMethods):
                 check_handle(handle)
                 check_cached(num_worst_tokens=worst, topk_idx=topk_idx, topk_weights=topk_weights)
             framework = framework_of(rows)
-            on = begin_call(framework, previous_event, stream, self.device)
-            return framework, views, alignment, worst, {"stream": on, "num_sms": num_sms}
+            ordering = order_call(
+                framework, previous_event, async_finish, stream, self.device, num_sms
+            )
+            return framework, views, alignment, worst, ordering
 
         framework, views, alignment, worst, ordering = self._or_refuse(operation, convert)
         if handle is None:
@@ -353,10 +364,10 @@ class Buffer(LowLatencyMethods):
                 topk_weights=views[6],
                 expert_alignment=alignment,
                 num_worst_tokens=worst,
-                **ordering,
+                ordering=ordering,
             )
         else:
-            pending = self._core.begin_cached_dispatch(views[0], views[1], handle.core, **ordering)
+            pending = self._core.begin_cached_dispatch(views[0], views[1], handle.core, ordering)
         arrays = x if isinstance(x, tuple) else (x,)
         sources = [*arrays, *([None] * (2 - len(arrays))), topk_idx, topk_weights]
         imported = [views[0], views[1], views[5], views[6]]
@@ -376,10 +387,11 @@ class Buffer(LowLatencyMethods):
             for tensor, source in zip(outputs, sources, strict=True)
         ]
         recv_x = (exported[0], exported[1]) if isinstance(x, tuple) else exported[0]
-        event = self._finished(async_finish, ordering["stream"])
+        used = [*sources, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert]
+        event = self._finished(framework, async_finish, used)
         if handle is not None:
             return recv_x, None, None, None, None, event
-        wrapped = DispatchHandle.wrap(finished, self.rank, framework, self.device)
+        wrapped = DispatchHandle.wrap(finished, self._core, framework)
         return recv_x, exported[2], exported[3], counts, wrapped, event
 
     def _make_outputs(
@@ -419,8 +431,9 @@ class Buffer(LowLatencyMethods):
             topk_weights: float32 [N, K], summed likewise.
             bias: [T, H] of x's dtype, or two of them.
             config: Its `num_sms`, if not 0, comes before the buffer's; means nothing on the CPU.
-            previous_event: What to wait for before reading: an `EventOverlap` or `EventHandle`.
-            async_finish: Return an event instead of waiting.
+            previous_event: What to come after, in place of what is on the stream: an
+                `EventOverlap` or `EventHandle`.
+            async_finish: Return an event, and do not let the stream wait for the call.
             allocate_on_comm_stream: Needs the two before.
             stream: What the call is ordered by on a GPU: a `cudaStream_t` as an integer, a stream
                 of Torch or CuPy, or an object with `__cuda_stream__`. None on the CPU.
@@ -434,7 +447,7 @@ class Buffer(LowLatencyMethods):
             Timeout: A wait lasted longer than the buffer's `timeout`.
         """
 
-        def convert() -> tuple[Framework, list[_core.View | None], Ordering]:
+        def convert() -> tuple[Framework, list[_core.View | None], _core.Ordering]:
             check_call(previous_event, async_finish, allocate_on_comm_stream, stream, self.device)
             num_sms = unpack_config(config, Buffer.num_sms)
             check_handle(handle)
@@ -443,8 +456,10 @@ class Buffer(LowLatencyMethods):
             named = {"x": x, "topk_weights": topk_weights, "bias": bias0, "the second bias": bias1}
             views = [view(name, array) for name, array in named.items()]
             framework = framework_of(x)
-            on = begin_call(framework, previous_event, stream, self.device)
-            return framework, views, {"stream": on, "num_sms": num_sms}
+            ordering = order_call(
+                framework, previous_event, async_finish, stream, self.device, num_sms
+            )
+            return framework, views, ordering
 
         framework, views, ordering = self._or_refuse(Operation.combine, convert)
         x_view, weights_view, bias0_view, bias1_view = views
@@ -453,11 +468,12 @@ class Buffer(LowLatencyMethods):
             Operation.combine, lambda: self._combined(core, x_view, weights_view)
         )
         self._core.combine(
-            x_view, core, weights_view, bias0_view, bias1_view, out, out_weights, **ordering
+            x_view, core, weights_view, bias0_view, bias1_view, out, out_weights, ordering
         )
         combined = framework.export(out, dtype_of(x))
         weights = None if out_weights is None else framework.export(out_weights)
-        return combined, weights, self._finished(async_finish, ordering["stream"])
+        used = [x, topk_weights, *self._unpack_bias(bias)]
+        return combined, weights, self._finished(framework, async_finish, used)
 
     def _combined(
         self,
@@ -492,7 +508,8 @@ class Buffer(LowLatencyMethods):
         """
         framework, kind = resolve_dtype(dtype, self.device)
         extents = [integer("an extent of shape", extent) for extent in shape]
-        tensor = self._core.empty(extents, kind, True)
+        current = None if self.device == CPU else framework.current_stream(gpu_of(self.device))
+        tensor = self._core.empty(extents, kind, True, current)
         return framework.export(tensor, dtype)
 
     def get_local_buffer_tensor(
@@ -524,8 +541,8 @@ class Buffer(LowLatencyMethods):
     def record_stream(self, tensor: Array, stream: object) -> None:
         """Tells that a stream uses a tensor of this buffer.
 
-        There is nothing to be told: memory that is dropped is used again only when the GPU has
-        finished what was enqueued on every stream. On the CPU there are no streams.
+        For streams other than those of calls: when the tensor has been dropped, its memory is used
+        again only behind what is on the stream then. The stream must live as long as the buffer.
 
         Args:
             tensor: What is used.
@@ -536,6 +553,8 @@ class Buffer(LowLatencyMethods):
         """
         del tensor
         check_stream(self.device, stream)
+        if stream is not None:
+            self._core.record_stream(stream_handle(stream))
 
     def get_comm_stream(self) -> Any:
         """The stream on which the buffer moves rows.
@@ -554,9 +573,13 @@ class Buffer(LowLatencyMethods):
     def check(self) -> None:
         """Raises what was noticed since the last call without a call to raise it from.
 
+        On a GPU it waits for the calls before.
+
         Raises:
-            InvalidArgument: `num_worst_tokens` was too small and rows were dropped.
+            InvalidArgument: `num_worst_tokens` was too small and rows were dropped; or, on a GPU,
+                ids of experts were out of range.
             PeerFailure: The buffer has failed and can only be destroyed.
+            Timeout: A rank was waited for in vain on the GPU.
         """
         self._core.check()
 
@@ -579,7 +602,7 @@ class Buffer(LowLatencyMethods):
     @staticmethod
     def is_sm90_compiled() -> bool:
         """Whether kernels for Hopper are in this build."""
-        return False
+        return _core.is_cuda_built()
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:
@@ -641,9 +664,22 @@ class Buffer(LowLatencyMethods):
 
     # Helpers
 
-    def _finished(self, async_finish: bool, on: int | None) -> EventOverlap:
-        """What a call returns that was ordered by a stream."""
-        return EventOverlap(EventHandle.on(on, gpu_of(self.device)) if async_finish else None)
+    def _finished(
+        self, framework: Framework, async_finish: bool, used: Sequence[Array | None]
+    ) -> EventOverlap:
+        """What a call returns that used some tensors."""
+        if self.device == CPU:
+            return EventOverlap(EventHandle.on(None, 0) if async_finish else None)
+        if not framework.has_streams:
+            EventHandle.on(self._core.comm_stream, gpu_of(self.device)).synchronize()
+            return EventOverlap(EventHandle.on(None, 0) if async_finish else None)
+        if not async_finish:
+            return EventOverlap()
+        event = EventHandle.on(self._core.comm_stream, gpu_of(self.device))
+        if not framework.record_use(used, self._core.comm_stream, gpu_of(self.device)):
+            self._in_use = [(other, kept) for other, kept in self._in_use if not other.passed()]
+            self._in_use.append((event, used))
+        return EventOverlap(event)
 
     def _or_refuse(self, operation: _core.Operation, convert: Callable[[], Any]) -> Any:
         """Converts arguments; if that fails, refuses the operation, so that no rank waits."""

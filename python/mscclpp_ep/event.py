@@ -1,4 +1,4 @@
-"""Events, as DeepEP's callers use them. A call returns with its work done, on the CPU and a GPU."""
+"""Events, as DeepEP's callers use them. On the CPU a call returns with its work done."""
 
 from __future__ import annotations
 
@@ -45,14 +45,19 @@ class EventHandle:
         if self._event is not None:
             self._event.wait(current_stream_on(self._gpu))
 
-    def wait_on(self, stream: int | None) -> None:
-        """Makes a stream wait for the event, a cudaStream_t; None: the caller waits."""
-        if self._event is None:
-            return
-        if stream is None:
+    def synchronize(self) -> None:
+        """Waits for the event on the host."""
+        if self._event is not None:
             self._event.synchronize()
-        else:
-            self._event.wait(stream)
+
+    def passed(self) -> bool:
+        """Whether the event has passed."""
+        return self._event is None or self._event.passed()
+
+    @property
+    def core(self) -> _core.Event | None:
+        """The event of the C++ library; None if it has passed already."""
+        return self._event
 
 
 class EventOverlap:

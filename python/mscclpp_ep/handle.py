@@ -17,7 +17,7 @@ class DispatchHandle(tuple["Array", ...]):
     """The tuple that DeepEP's dispatch returns on one host, with attributes of our own.
 
     The items, where T tokens were sent, N rows received, and R is the number of ranks, are on the
-    buffer's device; 0 to 2 on the CPU, where tensors are of no framework that is known:
+    buffer's device:
 
     0. `rank_prefix_matrix`, int32 [R, R]: column `rank` has the inclusive prefix sums of the rows
        received from ranks 0, 1, …; the other columns are -1.
@@ -29,40 +29,85 @@ class DispatchHandle(tuple["Array", ...]):
 
     Attributes:
         core: The handle of the C++ library.
-        num_recv_tokens: Rows that came; more than N if `num_worst_tokens` was too small.
-        num_recv_tokens_per_expert: int64 [L], not rounded up; on the CPU in any case.
         epoch: Number of the dispatch, the same on every rank.
+        num_recv_tokens_on_device: int32 [1], rows that came, in the memory of the GPU; on the CPU
+            None.
+        num_recv_tokens_per_expert_on_device: int32 [L], not rounded up, likewise.
     """
 
     core: _core.DispatchHandle
-    num_recv_tokens: int
-    num_recv_tokens_per_expert: Array
     epoch: int
+    num_recv_tokens_on_device: Array | None
+    num_recv_tokens_per_expert_on_device: Array | None
+    _buffer: _core.Buffer
+    _framework: Framework
 
     @classmethod
     def wrap(
-        cls, core: _core.DispatchHandle, rank: int, framework: Framework, device: str
+        cls, core: _core.DispatchHandle, buffer: _core.Buffer, framework: Framework
     ) -> DispatchHandle:
-        """Makes the tuple of a handle of the C++ library, on a buffer's device."""
-        prefix = core.recv_rank_prefix_sum
-        ranks = len(prefix)
-        matrix = np.full((ranks, ranks), -1, np.int32)
-        matrix[:, rank] = prefix
-        sent = np.array(core.num_send_tokens, np.int32).reshape(ranks, 1)
+        """Makes the tuple of a handle of the C++ library."""
+        on_cpu = buffer.device == CPU
+        counts = (
+            _counts_on_cpu(core, buffer, framework)
+            if on_cpu
+            else [
+                framework.export(core.fields.rank_prefix_matrix),
+                framework.export(core.fields.num_send_tokens),
+                framework.export(core.fields.channel_prefix),
+            ]
+        )
         handle = cls(
             (
-                *framework.small_arrays([matrix, sent, np.zeros_like(sent)], device),
+                *counts,
                 framework.export(core.recv_source_index),
                 framework.export(core.is_token_in_rank),
                 framework.export(core.send_head),
             )
         )
         handle.core = core
-        handle.num_recv_tokens = core.num_recv_tokens
-        per_expert = np.array(core.num_recv_tokens_per_expert, np.int64)
-        (handle.num_recv_tokens_per_expert,) = framework.small_arrays([per_expert], CPU)
         handle.epoch = core.epoch
+        handle.num_recv_tokens_on_device = (
+            None if on_cpu else framework.export(core.fields.num_recv_tokens)
+        )
+        handle.num_recv_tokens_per_expert_on_device = (
+            None if on_cpu else framework.export(core.fields.num_recv_tokens_per_expert)
+        )
+        handle._buffer = buffer
+        handle._framework = framework
         return handle
+
+    @property
+    def num_recv_tokens(self) -> int:
+        """Rows that came; more than N if `num_worst_tokens` was too small.
+
+        After a dispatch with `num_worst_tokens` on a GPU, this waits for it.
+        """
+        known = self.core.num_recv_tokens
+        return known if known >= 0 else self._buffer.read_counts(self.core)[0]
+
+    @property
+    def num_recv_tokens_per_expert(self) -> Array:
+        """int64 [L], not rounded up, on the CPU; waits as `num_recv_tokens` does."""
+        known = self.core.num_recv_tokens >= 0
+        counts = (
+            self.core.num_recv_tokens_per_expert
+            if known
+            else self._buffer.read_counts(self.core)[1:]
+        )
+        (array,) = self._framework.small_arrays([np.array(counts, np.int64)], CPU)
+        return array
+
+
+def _counts_on_cpu(
+    core: _core.DispatchHandle, buffer: _core.Buffer, framework: Framework
+) -> list[Array]:
+    prefix = core.recv_rank_prefix_sum
+    ranks = len(prefix)
+    matrix = np.full((ranks, ranks), -1, np.int32)
+    matrix[:, buffer.rank] = prefix
+    sent = np.array(core.num_send_tokens, np.int32).reshape(ranks, 1)
+    return framework.small_arrays([matrix, sent, np.zeros_like(sent)], CPU)
 
 
 class LowLatencyHandle(tuple["Any", ...]):

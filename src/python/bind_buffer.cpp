@@ -29,12 +29,17 @@ void pollSignals() {
 TensorView viewOf(const View* view) { return view == nullptr ? TensorView{} : view->view; }
 TensorView viewOf(const Tensor* tensor) { return tensor == nullptr ? TensorView{} : tensor->view; }
 
-CallOptions callOptions(std::optional<std::uintptr_t> stream, int numSms) {
+/// How a call is ordered: an argument of those that enqueue work.
+struct Ordering {
+  Ordering(std::optional<std::uintptr_t> stream, std::optional<Event> previous, bool async,
+           int numSms) {
+    if (stream) call.stream = streamOf(*stream);
+    call.previous = std::move(previous);
+    call.async = async;
+    call.numSms = numSms;
+  }
   CallOptions call;
-  if (stream) call.stream = streamOf(*stream);
-  call.numSms = numSms;
-  return call;
-}
+};
 
 Device parseDevice(const std::string& device) {
   constexpr std::string_view kCuda = "cuda:";
@@ -60,7 +65,7 @@ Tensor outputLike(Buffer& buffer, std::initializer_list<std::int64_t> shape, Dat
 }
 
 nb::tuple getDispatchLayout(Buffer& buffer, const View& topkIdx, std::int64_t numExperts,
-                            std::optional<std::uintptr_t> stream) {
+                            const Ordering& ordering) {
   Tensor perRank;
   Tensor perExpert;
   Tensor inRank;
@@ -72,7 +77,7 @@ nb::tuple getDispatchLayout(Buffer& buffer, const View& topkIdx, std::int64_t nu
     perExpert = outputLike(buffer, {std::max<std::int64_t>(numExperts, 0)}, DataType::int32);
     inRank = outputLike(buffer, {topkIdx.view.shape[0], ranks}, DataType::boolean);
     buffer.getDispatchLayout(topkIdx.view, numExperts, {perRank.view, perExpert.view, inRank.view},
-                             callOptions(stream, 0));
+                             ordering.call);
   }
   return nb::make_tuple(perRank, perExpert, inRank);
 }
@@ -81,22 +86,20 @@ PendingDispatch beginDispatch(Buffer& buffer, const View* x, const View* scales,
                               const View* isTokenInRank, const View* numTokensPerRank,
                               const View* numTokensPerExpert, const View* topkIdx,
                               const View* topkWeights, std::int64_t expertAlignment,
-                              std::int64_t numWorstTokens, std::optional<std::uintptr_t> stream,
-                              int numSms) {
+                              std::int64_t numWorstTokens, const Ordering& ordering) {
   return buffer.beginDispatch(
       {viewOf(x), viewOf(scales), viewOf(topkIdx), viewOf(topkWeights), viewOf(isTokenInRank),
        viewOf(numTokensPerRank), viewOf(numTokensPerExpert)},
       {.expertAlignment = expertAlignment, .numWorstTokens = numWorstTokens},
-      callOptions(stream, numSms));
+      ordering.call);
 }
 
 PendingDispatch beginCachedDispatch(Buffer& buffer, const View* x, const View* scales,
-                                    const DispatchHandle& handle,
-                                    std::optional<std::uintptr_t> stream, int numSms) {
+                                    const DispatchHandle& handle, const Ordering& ordering) {
   DispatchInputs inputs;
   inputs.x = viewOf(x);
   inputs.scales = viewOf(scales);
-  return buffer.beginCachedDispatch(inputs, handle, callOptions(stream, numSms));
+  return buffer.beginCachedDispatch(inputs, handle, ordering.call);
 }
 
 DispatchHandle finishDispatch(Buffer& buffer, PendingDispatch& pending, const Tensor* x,
@@ -108,13 +111,22 @@ DispatchHandle finishDispatch(Buffer& buffer, PendingDispatch& pending, const Te
 
 void combine(Buffer& buffer, const View* x, const DispatchHandle& handle, const View* topkWeights,
              const View* bias0, const View* bias1, const Tensor* out, const Tensor* outWeights,
-             std::optional<std::uintptr_t> stream, int numSms) {
+             const Ordering& ordering) {
   buffer.combine({viewOf(x), viewOf(topkWeights), viewOf(bias0), viewOf(bias1)}, handle,
-                 {viewOf(out), viewOf(outWeights)}, callOptions(stream, numSms));
+                 {viewOf(out), viewOf(outWeights)}, ordering.call);
 }
 
-Tensor empty(Buffer& buffer, const std::vector<std::int64_t>& shape, DataType dtype, bool arena) {
-  return arena ? buffer.empty(shape, dtype) : buffer.emptyLocal(shape, dtype);
+Tensor empty(Buffer& buffer, const std::vector<std::int64_t>& shape, DataType dtype, bool arena,
+             std::optional<std::uintptr_t> stream) {
+  if (!arena) return buffer.emptyLocal(shape, dtype);
+  return buffer.empty(shape, dtype, stream ? streamOf(*stream) : Stream());
+}
+
+void bindOrdering(nb::module_& m) {
+  nb::class_<Ordering>(m, "Ordering", "How a call is ordered with other work on a GPU.")
+      .def(nb::init<std::optional<std::uintptr_t>, std::optional<Event>, bool, int>(),
+           nb::arg("stream").none() = nb::none(), nb::arg("previous").none() = nb::none(),
+           nb::arg("asynchronous") = false, nb::arg("num_sms") = 0);
 }
 
 void bindOptions(nb::module_& m) {
@@ -154,15 +166,14 @@ void bindStats(nb::module_& m) {
 void bindOperations(nb::class_<Buffer>& buffer) {
   buffer
       .def("get_dispatch_layout", &getDispatchLayout, nb::arg("topk_idx"), nb::arg("num_experts"),
-           nb::arg("stream").none() = nb::none())
+           nb::arg("ordering"))
       .def("begin_dispatch", &beginDispatch, nb::arg("x").none(), nb::arg("scales").none(),
            nb::arg("is_token_in_rank").none(), nb::arg("num_tokens_per_rank").none(),
            nb::arg("num_tokens_per_expert").none(), nb::arg("topk_idx").none(),
            nb::arg("topk_weights").none(), nb::arg("expert_alignment"), nb::arg("num_worst_tokens"),
-           nb::arg("stream").none() = nb::none(), nb::arg("num_sms") = 0, Release())
+           nb::arg("ordering"), Release())
       .def("begin_cached_dispatch", &beginCachedDispatch, nb::arg("x").none(),
-           nb::arg("scales").none(), nb::arg("handle"), nb::arg("stream").none() = nb::none(),
-           nb::arg("num_sms") = 0, Release())
+           nb::arg("scales").none(), nb::arg("handle"), nb::arg("ordering"), Release())
       .def("finish_dispatch", &finishDispatch, nb::arg("pending"), nb::arg("x").none(),
            nb::arg("scales").none(), nb::arg("topk_idx").none(), nb::arg("topk_weights").none(),
            Release())
@@ -174,8 +185,7 @@ void bindOperations(nb::class_<Buffer>& buffer) {
           nb::arg("pending"), nb::arg("why"), Release())
       .def("combine", &combine, nb::arg("x").none(), nb::arg("handle"),
            nb::arg("topk_weights").none(), nb::arg("bias0").none(), nb::arg("bias1").none(),
-           nb::arg("out"), nb::arg("out_weights").none(), nb::arg("stream").none() = nb::none(),
-           nb::arg("num_sms") = 0, Release())
+           nb::arg("out"), nb::arg("out_weights").none(), nb::arg("ordering"), Release())
       .def(
           "refuse",
           [](Buffer& self, Operation operation, const std::string& why) {
@@ -189,6 +199,7 @@ void bindOperations(nb::class_<Buffer>& buffer) {
 void bindBuffer(nb::module_& m) {
   bindOptions(m);
   bindStats(m);
+  bindOrdering(m);
   nb::enum_<Operation>(m, "Operation", "The collective operations.")
       .value("dispatch", Operation::dispatch)
       .value("cached_dispatch", Operation::cachedDispatch)
@@ -217,8 +228,17 @@ void bindBuffer(nb::module_& m) {
                    [](const Buffer& self) { return self.options().maxArenaBytes; })
       .def_prop_ro("ranks_per_domain",
                    [](const Buffer& self) { return self.options().ranksPerDomain; })
-      .def("empty", &empty, nb::arg("shape"), nb::arg("dtype"), nb::arg("arena"), Release())
-      .def("check", &Buffer::check)
+      .def("empty", &empty, nb::arg("shape"), nb::arg("dtype"), nb::arg("arena"),
+           nb::arg("stream").none() = nb::none(), Release())
+      .def("read_counts", &Buffer::readCounts, nb::arg("handle"), Release())
+      .def(
+          "record_stream",
+          [](Buffer& self, std::uintptr_t stream) { self.recordStream(streamOf(stream)); },
+          nb::arg("stream"))
+      .def("time_push", &Buffer::timePush, nb::arg("num_bytes"), nb::arg("num_sms"),
+           nb::arg("repeats"), Release(),
+           "Seconds in which each rank writes so many bytes to the next one; collective.")
+      .def("check", &Buffer::check, Release())
       .def("freeze", &Buffer::freeze)
       .def("masked", &Buffer::masked, nb::arg("rank"))
       .def("set_mask", &Buffer::setMask, nb::arg("rank"), nb::arg("masked"))

@@ -21,6 +21,7 @@ void bindEvent(nb::module_& m) {
       .def(
           "wait", [](const Event& self, std::uintptr_t stream) { self.wait(streamOf(stream)); },
           nb::arg("stream"), "Makes a stream wait for the event.")
+      .def("passed", &Event::passed)
       .def("synchronize", &Event::synchronize, nb::call_guard<nb::gil_scoped_release>());
 }
 

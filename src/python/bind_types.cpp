@@ -60,6 +60,12 @@ void bindHandle(nb::module_& m) {
       .def_prop_ro("num_recv_tokens_per_expert", [](const PendingDispatch& pending) {
         return copyOf(pending.numRecvTokensPerExpert());
       });
+  nb::class_<HandleFields>(m, "HandleFields", "Counts of a handle in the memory of the GPU.")
+      .def_ro("num_recv_tokens", &HandleFields::numRecvTokens)
+      .def_ro("num_recv_tokens_per_expert", &HandleFields::numRecvTokensPerExpert)
+      .def_ro("rank_prefix_matrix", &HandleFields::rankPrefixMatrix)
+      .def_ro("num_send_tokens", &HandleFields::numSendTokens)
+      .def_ro("channel_prefix", &HandleFields::channelPrefix);
   nb::class_<DispatchHandle>(m, "DispatchHandle", "What a dispatch leaves for combine.")
       .def_prop_ro("num_tokens", &DispatchHandle::numTokens)
       .def_prop_ro("num_rows", &DispatchHandle::numRows)
@@ -71,6 +77,7 @@ void bindHandle(nb::module_& m) {
                    [](const DispatchHandle& h) { return copyOf(h.numSendTokens()); })
       .def_prop_ro("recv_rank_prefix_sum",
                    [](const DispatchHandle& h) { return copyOf(h.recvRankPrefixSum()); })
+      .def_prop_ro("fields", &DispatchHandle::fields)
       .def_prop_ro("recv_source_index", &DispatchHandle::recvSourceIndex)
       .def_prop_ro("send_head", &DispatchHandle::sendHead)
       .def_prop_ro("is_token_in_rank", &DispatchHandle::isTokenInRank);

@@ -126,6 +126,7 @@ class Operation {
     if (request.cached == nullptr) {
       rowsComing_ = input_.upTo(12);
       request.placement = std::make_shared<ExpertPlacement>(kExperts, 2, std::vector<int>{});
+      request.routing = readRouting(inputs_, *request.placement);
     } else {
       request.placement = placement_;
     }

@@ -31,6 +31,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "ranks(*sizes, modes=...): pools that a test runs on")
     config.addinivalue_line("markers", "cpu_only: not a test of other backends")
+    config.addinivalue_line("markers", "gpu_only: not a test of the CPU")
 
 
 def pytest_generate_tests(metafunc):
@@ -60,7 +61,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if {"ranks", "doomed"} & set(item.fixturenames):
             item.add_marker(pytest.mark.multirank)
-    left_out = [i for i in items if i.get_closest_marker("cpu_only") and backend_of(i) != "cpu"]
+    left_out = [
+        i
+        for i in items
+        if i.get_closest_marker("gpu_only" if backend_of(i) == "cpu" else "cpu_only")
+    ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]

@@ -38,6 +38,8 @@ constexpr Field kFields[] = {
     {"the dtype of the scales", [](const Signature& s) { return dtypeName(s.scaleDtype); }},
     {"the bytes of an element of topk_idx", [](const Signature& s) { return cat(s.indexBytes); }},
     {"whether topk_weights is given", [](const Signature& s) { return given(s.hasWeights != 0); }},
+    {"whether num_worst_tokens is given",
+     [](const Signature& s) { return given(s.countsOnGpu != 0); }},
     {"num_max_dispatch_tokens_per_rank (M)", [](const Signature& s) { return cat(s.maxTokens); }},
     {"how rows are quantised", [](const Signature& s) { return cat("kind ", s.quantization); }},
     {"exact", [](const Signature& s) { return cat(s.exact != 0); }},

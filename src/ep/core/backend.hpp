@@ -15,23 +15,10 @@
 #include "core/layout.hpp"
 #include "core/low_latency_state.hpp"
 #include "core/packets.hpp"
+#include "core/routing.hpp"
 #include "mscclpp_ep/buffer.hpp"
 
 namespace mscclpp_ep {
-
-/// Lets the host read the small tensors that say what a call shall do.
-class TensorReader {
- public:
-  TensorReader() = default;
-  TensorReader(const TensorReader&) = delete;
-  TensorReader& operator=(const TensorReader&) = delete;
-  virtual ~TensorReader() = default;
-
-  /// The elements, as they are when the call's stream gets to the call: in place, or a copy.
-  virtual std::shared_ptr<const void> read(const TensorView& tensor) {
-    return {std::shared_ptr<const void>(), tensor.data};
-  }
-};
 
 /// A dispatch whose arguments are sound.
 struct DispatchRequest {
@@ -40,11 +27,12 @@ struct DispatchRequest {
   DispatchOptions options;
   CallOptions call;
   std::int64_t numTokens = 0;
-  std::shared_ptr<const SendPlan> plan;
-  std::shared_ptr<const void> choices;  ///< elements of the inputs' topkIdx, on the host
-  std::vector<std::int32_t> perExpert;  ///< [E] the inputs' numTokensPerExpert; empty if cached
   std::shared_ptr<const ExpertPlacement> placement;
+  Routing routing;
   std::shared_ptr<const HandleState> cached;  ///< whose routing is repeated; null: a new one
+
+  /// Whether the host is told how many rows go where. If not, only the GPU knows.
+  bool countsOnHost() const { return routing.plan != nullptr; }
 };
 
 /// A combine whose arguments are sound.
@@ -104,10 +92,19 @@ struct ReceiveState {
 
 enum class MemoryKind { arena, local };
 
-class Backend : public TensorReader {
+class Backend {
  public:
-  /// Orders what follows, until the next call, behind the work on the call's stream.
+  Backend() = default;
+  Backend(const Backend&) = delete;
+  Backend& operator=(const Backend&) = delete;
+  virtual ~Backend() = default;
+
+  /// Orders what follows, until endCall(), behind what the call is ordered by.
   virtual void beginCall(const CallOptions& call) = 0;
+  /// Orders what the caller does next behind the call, if that is asked for.
+  virtual void endCall(const CallOptions& call) = 0;
+  /// Finds out where the tokens of a dispatch go. Throws InvalidArgument for ids out of range.
+  virtual void examineRouting(DispatchRequest& request) = 0;
   virtual void getDispatchLayout(const TensorView& topkIdx, const ExpertPlacement& placement,
                                  const LayoutOutputs& outputs) = 0;
   virtual std::unique_ptr<PendingState> beginDispatch(DispatchRequest request) = 0;
@@ -120,7 +117,14 @@ class Backend : public TensorReader {
   virtual void receive(ReceiveState& state) = 0;
   virtual void refuse(Operation operation, std::string_view why) = 0;
 
-  virtual Tensor allocate(std::size_t bytes, MemoryKind kind) = 0;
+  /// To be written by this buffer's operations, or on a stream of the caller's, if one is given.
+  virtual Tensor allocate(std::size_t bytes, MemoryKind kind, Stream stream) = 0;
+  /// Rows received and rows per local expert, of a handle whose counts only the GPU knows.
+  virtual std::vector<std::int64_t> readCounts(const HandleState& handle) = 0;
+  /// Of Buffer::timePush().
+  virtual std::vector<double> timePush(std::size_t bytes, int numSms, int repeats) = 0;
+  /// The caller uses this buffer's memory on a stream.
+  virtual void recordStream(Stream stream) = 0;
   /// On which rows are moved; none on the CPU.
   virtual Stream commStream() const { return {}; }
   /// Throws what a call before could not.

@@ -2,6 +2,7 @@
 #include "mscclpp_ep/buffer.hpp"
 
 #include <atomic>
+#include <type_traits>
 
 #include "core/backend.hpp"
 #include "core/check.hpp"
@@ -67,9 +68,7 @@ class Buffer::Impl {
       : options(given),
         id(nextBufferId()),
         facts{bootstrap.rank(), bootstrap.size(), id, options},
-        backend_(connect(bootstrap, options, id)) {
-    facts.reader = backend_.get();
-  }
+        backend_(connect(bootstrap, options, id)) {}
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
 
@@ -79,12 +78,8 @@ class Buffer::Impl {
   }
   bool destroyed() const { return backend_ == nullptr; }
 
-  void leave() noexcept {
-    facts.reader = nullptr;
-    backend_.reset();
-  }
+  void leave() noexcept { backend_.reset(); }
   void destroy() {
-    facts.reader = nullptr;
     // The buffer is gone even if saying goodbye to the others fails.
     if (const auto backend = std::move(backend_)) backend->destroy();
   }
@@ -92,12 +87,51 @@ class Buffer::Impl {
   /// Runs the checks of a collective operation. If they fail, the operation is refused, so that the
   /// other ranks do not wait for this one.
   template <typename Check>
-  auto checkedOrRefused(Operation operation, const Check& check) {
+  auto checkedOrRefused(Operation operation, const CallOptions& call, const Check& check) {
     Backend& target = backend();
     try {
+      validateCall(facts, call);
+      target.beginCall(call);
       return check();
     } catch (const std::exception& error) {
       refuseQuietly(target, operation, error.what());
+      rejoin(call);
+      throw;
+    }
+  }
+
+  /// Runs what makes up the call, or its last part.
+  template <typename Work>
+  auto ended(const CallOptions& call, const Work& work) {
+    Backend& target = backend();
+    try {
+      if constexpr (std::is_void_v<decltype(work())>) {
+        work();
+        target.endCall(call);
+      } else {
+        auto result = work();
+        target.endCall(call);
+        return result;
+      }
+    } catch (...) {
+      rejoin(call);
+      throw;
+    }
+  }
+
+  void abandon(PendingState& state, std::string_view why) {
+    const CallOptions call = state.request.call;
+    backend().abandonDispatch(state, why);
+    rejoin(call);
+  }
+
+  /// The first part of a dispatch.
+  PendingDispatch begun(DispatchRequest request) {
+    const CallOptions call = request.call;
+    try {
+      return PendingDispatch(backend().beginDispatch(std::move(request)));
+    } catch (...) {
+      rejoin(call);
       throw;
     }
   }
@@ -109,7 +143,8 @@ class Buffer::Impl {
     return placement_;
   }
 
-  Tensor allocate(std::span<const std::int64_t> shape, DataType dtype, MemoryKind kind) {
+  Tensor allocate(std::span<const std::int64_t> shape, DataType dtype, MemoryKind kind,
+                  Stream stream = {}) {
     EP_EXPECTS(shape.size() <= kMaxDimensions, "a shape of ", shape.size(),
                " dimensions was given; at most ", kMaxDimensions, " are allowed");
     std::size_t bytes = itemSize(dtype);
@@ -125,7 +160,7 @@ class Buffer::Impl {
       stride *= shape[i];
       bytes = arrayBytes(shape[i], bytes);
     }
-    Tensor tensor = backend().allocate(bytes, kind);
+    Tensor tensor = backend().allocate(bytes, kind, stream);
     view.data = tensor.view.data;
     tensor.view = view;
     return tensor;
@@ -136,6 +171,17 @@ class Buffer::Impl {
   BufferFacts facts;
 
  private:
+  /// After a call that has failed there is no event to wait for. What its stream has been made to
+  /// wait for must be waited for by the caller's, as a graph may be captured.
+  void rejoin(CallOptions call) {
+    call.async = false;
+    try {
+      if (backend_ != nullptr) backend_->endCall(call);
+    } catch (const Error&) {
+      // Expected: what the call failed of may be the GPU, and comes first.
+    }
+  }
+
   static void refuseQuietly(Backend& backend, Operation operation, std::string_view why) {
     try {
       backend.refuse(operation, why);
@@ -166,6 +212,13 @@ void Buffer::decline(Bootstrap& bootstrap, std::string_view why) {
 
 int Buffer::rank() const { return impl().facts.rank; }
 int Buffer::size() const { return impl().facts.numRanks; }
+void Buffer::recordStream(Stream stream) { impl().backend().recordStream(stream); }
+std::vector<double> Buffer::timePush(std::size_t bytes, int numSms, int repeats) {
+  EP_EXPECTS(bytes > 0, "num_bytes is 0; it must be positive");
+  EP_EXPECTS(numSms > 0, "num_sms is ", numSms, "; it must be positive");
+  EP_EXPECTS(repeats > 0, "repeats is ", repeats, "; it must be positive");
+  return impl().backend().timePush(bytes, numSms, repeats);
+}
 Stream Buffer::commStream() const { return impl().backend().commStream(); }
 const BufferOptions& Buffer::options() const { return impl().options; }
 bool Buffer::destroyed() const { return impl_ == nullptr || impl_->destroyed(); }
@@ -175,35 +228,35 @@ void Buffer::getDispatchLayout(const TensorView& topkIdx, std::int64_t numExpert
   Backend& backend = impl().backend();
   validateCall(impl().facts, call);
   backend.beginCall(call);
-  validateLayout(impl().facts, topkIdx, numExperts, outputs);
-  backend.getDispatchLayout(topkIdx, *impl().placement(numExperts), outputs);
+  impl().ended(call, [&] {
+    validateLayout(impl().facts, topkIdx, numExperts, outputs);
+    backend.getDispatchLayout(topkIdx, *impl().placement(numExperts), outputs);
+  });
 }
 
 PendingDispatch Buffer::beginDispatch(const DispatchInputs& inputs, const DispatchOptions& options,
                                       const CallOptions& call) {
-  DispatchRequest request = impl().checkedOrRefused(Operation::dispatch, [&] {
-    validateCall(impl().facts, call);
-    impl().backend().beginCall(call);
+  DispatchRequest request = impl().checkedOrRefused(Operation::dispatch, call, [&] {
     DispatchRequest checked = validateDispatch(impl().facts, inputs, options);
+    checked.call = call;
     checked.placement = impl().placement(checked.signature.numExperts);
-    validateExpertCounts(checked);
+    impl().backend().examineRouting(checked);
+    if (checked.countsOnHost()) checkCounts(checked.routing);
+    checked.signature.countsOnGpu = checked.countsOnHost() ? 0 : 1;
     return checked;
   });
-  request.call = call;
-  return PendingDispatch(impl().backend().beginDispatch(std::move(request)));
+  return impl().begun(std::move(request));
 }
 
 PendingDispatch Buffer::beginCachedDispatch(const DispatchInputs& inputs,
                                             const DispatchHandle& handle, const CallOptions& call) {
-  DispatchRequest request = impl().checkedOrRefused(Operation::cachedDispatch, [&] {
-    validateCall(impl().facts, call);
-    impl().backend().beginCall(call);
+  DispatchRequest request = impl().checkedOrRefused(Operation::cachedDispatch, call, [&] {
     DispatchRequest checked = validateCachedDispatch(impl().facts, inputs, handle);
     checked.placement = impl().placement(checked.signature.numExperts);
     return checked;
   });
   request.call = call;
-  return PendingDispatch(impl().backend().beginDispatch(std::move(request)));
+  return impl().begun(std::move(request));
 }
 
 DispatchHandle Buffer::finishDispatch(PendingDispatch pending, const DispatchOutputs& outputs) {
@@ -213,34 +266,30 @@ DispatchHandle Buffer::finishDispatch(PendingDispatch pending, const DispatchOut
   try {
     validateDispatchOutputs(state, outputs);
   } catch (const Error& error) {
-    backend.abandonDispatch(state, error.what());
+    impl().abandon(state, error.what());
     throw;
   }
-  return backend.finishDispatch(state, outputs);
+  return impl().ended(state.request.call, [&] { return backend.finishDispatch(state, outputs); });
 }
 
 void Buffer::abandonDispatch(PendingDispatch pending, std::string_view why) {
-  impl().backend().abandonDispatch(pending.state(), why);
+  impl().abandon(pending.state(), why);
 }
 
 void Buffer::combine(const CombineInputs& inputs, const DispatchHandle& handle,
                      const CombineOutputs& outputs, const CallOptions& call) {
-  CombineRequest request = impl().checkedOrRefused(Operation::combine, [&] {
-    validateCall(impl().facts, call);
-    impl().backend().beginCall(call);
+  CombineRequest request = impl().checkedOrRefused(Operation::combine, call, [&] {
     return validateCombine(impl().facts, inputs, handle, outputs);
   });
   request.call = call;
-  impl().backend().combine(request);
+  impl().ended(call, [&] { impl().backend().combine(request); });
 }
 
 PendingReceive Buffer::lowLatencyDispatch(const LowLatencyDispatchInputs& inputs,
                                           const LowLatencyDispatchOptions& options,
                                           const LowLatencyDispatchOutputs& outputs,
                                           const CallOptions& call) {
-  auto request = impl().checkedOrRefused(Operation::lowLatencyDispatch, [&] {
-    validateCall(impl().facts, call);
-    impl().backend().beginCall(call);
+  auto request = impl().checkedOrRefused(Operation::lowLatencyDispatch, call, [&] {
     return validateLowLatencyDispatch(impl().facts, inputs, options, outputs);
   });
   request.call = call;
@@ -253,9 +302,7 @@ PendingReceive Buffer::lowLatencyCombine(const LowLatencyCombineInputs& inputs,
                                          const LowLatencyCombineOptions& options,
                                          const LowLatencyCombineOutputs& outputs,
                                          const CallOptions& call) {
-  auto request = impl().checkedOrRefused(Operation::lowLatencyCombine, [&] {
-    validateCall(impl().facts, call);
-    impl().backend().beginCall(call);
+  auto request = impl().checkedOrRefused(Operation::lowLatencyCombine, call, [&] {
     return validateLowLatencyCombine(impl().facts, inputs, handle, options, outputs);
   });
   request.call = call;
@@ -273,16 +320,23 @@ void Buffer::refuse(Operation operation, std::string_view why) {
   impl().backend().refuse(operation, why);
 }
 
-Tensor Buffer::empty(std::span<const std::int64_t> shape, DataType dtype) {
-  return impl().allocate(shape, dtype, MemoryKind::arena);
+Tensor Buffer::empty(std::span<const std::int64_t> shape, DataType dtype, Stream stream) {
+  return impl().allocate(shape, dtype, MemoryKind::arena, stream);
 }
-Tensor Buffer::empty(std::initializer_list<std::int64_t> shape, DataType dtype) {
-  return empty(std::span(shape.begin(), shape.size()), dtype);
+Tensor Buffer::empty(std::initializer_list<std::int64_t> shape, DataType dtype, Stream stream) {
+  return empty(std::span(shape.begin(), shape.size()), dtype, stream);
 }
 Tensor Buffer::emptyLocal(std::span<const std::int64_t> shape, DataType dtype) {
   return impl().allocate(shape, dtype, MemoryKind::local);
 }
 
+std::vector<std::int64_t> Buffer::readCounts(const DispatchHandle& handle) const {
+  const HandleState& state = checkHandle(impl().facts, handle);
+  if (state.plan == nullptr) return impl().backend().readCounts(state);
+  std::vector<std::int64_t> counts{state.numRecv()};
+  counts.insert(counts.end(), state.perExpert.begin(), state.perExpert.end());
+  return counts;
+}
 void Buffer::check() { impl().backend().check(); }
 void Buffer::freeze() { impl().backend().freeze(); }
 BufferStats Buffer::stats() const { return impl().backend().stats(); }

@@ -42,21 +42,6 @@ bool shapeFits(const Expected& expected, const TensorView& tensor) {
   return true;
 }
 
-template <typename Index>
-void checkIds(const TensorView& topkIdx, const void* elements, std::int64_t numExperts) {
-  const auto* ids = static_cast<const Index*>(elements);
-  const std::int64_t count = numElements(topkIdx);
-  const std::int64_t topk = topkIdx.shape[1];
-  bool sound = true;
-  for (std::int64_t i = 0; i < count; ++i) sound &= ids[i] >= -1 && ids[i] < numExperts;
-  if (sound) return;
-  for (std::int64_t i = 0; i < count; ++i) {
-    EP_EXPECTS(ids[i] >= -1 && ids[i] < numExperts, "topk_idx[", i / topk, ", ", i % topk, "] is ",
-               ids[i], "; with ", numExperts, " experts an id is 0 to ", numExperts - 1,
-               ", or -1 for none");
-  }
-}
-
 }  // namespace
 
 void checkTensor(const TensorView& tensor, const Device& device, const Expected& expected) {
@@ -77,17 +62,9 @@ void checkAbsent(const TensorView& tensor, const char* name, const char* why) {
   EP_EXPECTS(!tensor, name, " is ", toString(tensor), "; it must be left out ", why);
 }
 
-std::shared_ptr<const void> checkTopkIdx(const TensorView& topkIdx, const BufferFacts& facts,
-                                         std::int64_t numTokens, std::int64_t numExperts) {
+void checkTopkIdx(const TensorView& topkIdx, const BufferFacts& facts, std::int64_t numTokens) {
   checkTensor(topkIdx, facts.options.device,
               {"topk_idx", {DataType::int32, DataType::int64}, {numTokens, kAnyExtent}, "[T, K]"});
-  std::shared_ptr<const void> ids = facts.read(topkIdx);
-  if (topkIdx.dtype == DataType::int32) {
-    checkIds<std::int32_t>(topkIdx, ids.get(), numExperts);
-  } else {
-    checkIds<std::int64_t>(topkIdx, ids.get(), numExperts);
-  }
-  return ids;
 }
 
 void checkNumExperts(const BufferFacts& facts, std::int64_t numExperts) {

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <memory>
 
 #include "core/validate.hpp"
 
@@ -24,9 +23,8 @@ struct Expected {
 
 void checkTensor(const TensorView& tensor, const Device& device, const Expected& expected);
 void checkAbsent(const TensorView& tensor, const char* name, const char* why);
-/// The dtype, the shape and every id, which are returned. `numTokens` may be kAnyExtent.
-std::shared_ptr<const void> checkTopkIdx(const TensorView& topkIdx, const BufferFacts& facts,
-                                         std::int64_t numTokens, std::int64_t numExperts);
+/// The dtype and the shape. `numTokens` may be kAnyExtent.
+void checkTopkIdx(const TensorView& topkIdx, const BufferFacts& facts, std::int64_t numTokens);
 void checkNumExperts(const BufferFacts& facts, std::int64_t numExperts);
 
 }  // namespace mscclpp_ep

@@ -25,7 +25,9 @@ std::span<const std::int64_t> DispatchHandle::numRecvTokensPerExpert() const {
   return checked(state_).perExpert;
 }
 std::span<const std::int64_t> DispatchHandle::numSendTokens() const {
-  return checked(state_).plan->numRows;
+  const auto& plan = checked(state_).plan;
+  return plan != nullptr ? std::span<const std::int64_t>(plan->numRows)
+                         : std::span<const std::int64_t>();
 }
 std::span<const std::int32_t> DispatchHandle::recvRankPrefixSum() const {
   return checked(state_).rankPrefixSum;
@@ -33,6 +35,8 @@ std::span<const std::int32_t> DispatchHandle::recvRankPrefixSum() const {
 const Tensor& DispatchHandle::recvSourceIndex() const { return checked(state_).sourceIndex; }
 const Tensor& DispatchHandle::sendHead() const { return checked(state_).sendHead; }
 const Tensor& DispatchHandle::isTokenInRank() const { return checked(state_).isTokenInRank; }
+
+const HandleFields& DispatchHandle::fields() const { return checked(state_).fields; }
 
 PendingDispatch::PendingDispatch(std::unique_ptr<PendingState> state) : state_(std::move(state)) {}
 PendingDispatch::PendingDispatch(PendingDispatch&&) noexcept = default;

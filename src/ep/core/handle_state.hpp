@@ -28,11 +28,11 @@ struct HandleState {
   std::int64_t topk = -1;
   std::int64_t numExperts = 0;
   bool opaqueRows = false;  ///< dispatched as integers: H says nothing about a combine's
-  std::shared_ptr<const SendPlan> plan;
+  std::shared_ptr<const SendPlan> plan;  ///< null: only the GPU has counts, here and below
   std::vector<std::int64_t> firstRowAt;  ///< [R] row of this rank's first token at each receiver
   std::vector<std::int64_t> capacityAt;  ///< [R] rows each receiver had room for
   Tensor sendHead;
-  std::shared_ptr<const std::byte> headOnGpu;  ///< [T, R] int32 plan->head, if rows are on a GPU
+  std::shared_ptr<const void> onGpu;  ///< what the backend for a GPU keeps of the routing
   Tensor isTokenInRank;
 
   // As a receiver.
@@ -45,7 +45,14 @@ struct HandleState {
   /// [N] what sourceIndex was, which callers may write to; in the integrity mode only.
   std::vector<std::int32_t> sourceTokens;
 
-  std::int64_t numRecv() const { return rankPrefixSum.empty() ? 0 : rankPrefixSum.back(); }
+  /// Of DispatchHandle; none on the CPU.
+  HandleFields fields;
+
+  /// Rows received; -1 if only the GPU knows.
+  std::int64_t numRecv() const {
+    if (plan == nullptr) return -1;
+    return rankPrefixSum.empty() ? 0 : rankPrefixSum.back();
+  }
 };
 
 }  // namespace mscclpp_ep

@@ -42,7 +42,7 @@ struct Signature {
   std::uint32_t quantization = 0;
   std::uint32_t exact = 0;
   std::uint32_t logfmt = 0;
-  std::uint32_t reserved = 0;
+  std::uint32_t countsOnGpu = 0;  ///< not exchanged by the hosts
 };
 
 /// The arrays that a dispatch fills at the receiver, one element a row.
@@ -104,6 +104,7 @@ struct DispatchPublish {
   /// ordinal o is row o modulo this, once the row before in its place has been copied out.
   std::int64_t ringRows = 0;
   ArrayAddress columns[kNumColumns];
+  ArrayAddress counts;  ///< on a GPU, for packets, where counts are not in the entries
 };
 
 /// Round::entry of a combine: rows of the receiver's tokens stand in dispatch's order.

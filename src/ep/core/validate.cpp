@@ -14,40 +14,6 @@ constexpr std::int64_t kMostRows = std::numeric_limits<std::int32_t>::max();
 // Sums of time points stay far from the end of a 64-bit clock of nanoseconds.
 constexpr double kLongestTimeout = 1e9;
 
-/// The choices of tokens that go to the rank of their expert, by expert.
-template <typename Index>
-std::vector<std::int64_t> countChoices(const DispatchRequest& request) {
-  const TensorView& topkIdx = request.inputs.topkIdx;
-  const auto* ids = static_cast<const Index*>(request.choices.get());
-  const auto* heads = request.plan->head.data();
-  const auto ranks = static_cast<std::int64_t>(request.plan->numRows.size());
-  std::vector<std::int64_t> counts(static_cast<std::size_t>(request.placement->numExperts()));
-  for (std::int64_t token = 0; token < request.numTokens; ++token) {
-    for (std::int64_t k = 0; k < topkIdx.shape[1]; ++k) {
-      const Index expert = ids[token * topkIdx.shape[1] + k];
-      if (expert < 0) continue;
-      const bool sent = heads[token * ranks + request.placement->owner(expert)] >= 0;
-      counts[static_cast<std::size_t>(expert)] += sent ? 1 : 0;
-    }
-  }
-  return counts;
-}
-
-void checkCounts(const BufferFacts& facts, const DispatchRequest& request) {
-  const SendPlan& plan = *request.plan;
-  const auto held = facts.read(request.inputs.numTokensPerRank);
-  const auto* perRank = static_cast<const std::int32_t*>(held.get());
-  for (int r = 0; r < facts.numRanks; ++r) {
-    EP_EXPECTS(perRank[r] == plan.numRows[static_cast<std::size_t>(r)], "num_tokens_per_rank[", r,
-               "] is ", perRank[r], ", but is_token_in_rank sends ",
-               plan.numRows[static_cast<std::size_t>(r)], " tokens to rank ", r);
-  }
-  for (std::size_t e = 0; e < request.perExpert.size(); ++e) {
-    EP_EXPECTS(request.perExpert[e] >= 0, "num_tokens_per_expert[", e, "] is ",
-               request.perExpert[e], "; it must not be negative");
-  }
-}
-
 /// Fills in what x and the scales say of the rows.
 void describeRows(const BufferFacts& facts, const DispatchInputs& inputs, Signature& signature) {
   checkTensor(inputs.x, facts.options.device, {"x", {}, {kAnyExtent, kAnyExtent}, "[T, H]"});
@@ -70,7 +36,7 @@ void describeTopk(const BufferFacts& facts, DispatchRequest& request) {
   EP_EXPECTS(!inputs.topkIdx == !inputs.topkWeights, "topk_idx is ", toString(inputs.topkIdx),
              " and topk_weights is ", toString(inputs.topkWeights), "; give both or neither");
   if (!inputs.topkIdx) return;
-  request.choices = checkTopkIdx(inputs.topkIdx, facts, inputs.x.shape[0], signature.numExperts);
+  checkTopkIdx(inputs.topkIdx, facts, inputs.x.shape[0]);
   signature.topk = inputs.topkIdx.shape[1];
   checkTensor(inputs.topkWeights, facts.options.device,
               {"topk_weights",
@@ -91,6 +57,13 @@ void checkDispatchOptions(const DispatchOptions& options, bool topk) {
              ", which needs topk_idx and topk_weights: rows not received are told by index -1");
 }
 
+void checkHidden(const HandleState& handle, const TensorView& x) {
+  EP_EXPECTS(handle.opaqueRows || isOpaque(x.dtype) || x.shape[1] == handle.hidden, "x is ",
+             toString(x), ", but the dispatch that made the handle had H = ", handle.hidden);
+}
+
+}  // namespace
+
 const HandleState& checkHandle(const BufferFacts& facts, const DispatchHandle& handle) {
   EP_EXPECTS(handle, "handle is empty; it must be one that this buffer's dispatch returned");
   EP_EXPECTS(handle.state()->bufferId == facts.bufferId,
@@ -98,13 +71,6 @@ const HandleState& checkHandle(const BufferFacts& facts, const DispatchHandle& h
              "returned");
   return *handle.state();
 }
-
-void checkHidden(const HandleState& handle, const TensorView& x) {
-  EP_EXPECTS(handle.opaqueRows || isOpaque(x.dtype) || x.shape[1] == handle.hidden, "x is ",
-             toString(x), ", but the dispatch that made the handle had H = ", handle.hidden);
-}
-
-}  // namespace
 
 void validateOptions(const BufferOptions& options, int numRanks) {
   const double timeout = options.timeout.count();
@@ -139,7 +105,9 @@ void validateLayout(const BufferFacts& facts, const TensorView& topkIdx, std::in
   const Device& device = facts.options.device;
   checkNumExperts(facts, numExperts);
   EP_EXPECTS(topkIdx, "topk_idx is missing; it must be [T, K]");
-  checkTopkIdx(topkIdx, facts, kAnyExtent, numExperts);
+  checkTopkIdx(topkIdx, facts, kAnyExtent);
+  // On a GPU an id out of range is no choice.
+  if (device.type == DeviceType::cpu) checkIds(topkIdx, numExperts);
   const DataType count = DataType::int32;
   checkTensor(outputs.numTokensPerRank, device,
               {"num_tokens_per_rank", {count}, {facts.numRanks}, "[R]"});
@@ -175,14 +143,6 @@ DispatchRequest validateDispatch(const BufferFacts& facts, const DispatchInputs&
   checkDispatchOptions(options, signature.topk >= 0);
   EP_EXPECTS(request.numTokens <= std::numeric_limits<std::int32_t>::max(), "x is ",
              toString(inputs.x), "; T must be below 2^31");
-  const auto held = facts.read(inputs.isTokenInRank);
-  const std::span inRank(static_cast<const std::uint8_t*>(held.get()),
-                         static_cast<std::size_t>(numElements(inputs.isTokenInRank)));
-  request.plan = std::make_shared<SendPlan>(planSend(inRank, request.numTokens, facts.numRanks));
-  const auto counts = facts.read(inputs.numTokensPerExpert);
-  const auto* perExpert = static_cast<const std::int32_t*>(counts.get());
-  request.perExpert.assign(perExpert, perExpert + signature.numExperts);
-  checkCounts(facts, request);
   return request;
 }
 
@@ -203,21 +163,10 @@ DispatchRequest validateCachedDispatch(const BufferFacts& facts, const DispatchI
   signature.numExperts = state.numExperts;
   signature.handleEpoch = state.epoch;
   request.numTokens = state.numTokens;
-  request.plan = state.plan;
+  request.routing.plan = state.plan;
+  request.routing.onGpu = state.onGpu;
   request.cached = handle.state();
   return request;
-}
-
-void validateExpertCounts(const DispatchRequest& request) {
-  if (!request.inputs.topkIdx) return;
-  const auto counts = request.inputs.topkIdx.dtype == DataType::int32
-                          ? countChoices<std::int32_t>(request)
-                          : countChoices<std::int64_t>(request);
-  const std::vector<std::int32_t>& given = request.perExpert;
-  for (std::size_t e = 0; e < counts.size(); ++e) {
-    EP_EXPECTS(given[e] == counts[e], "num_tokens_per_expert[", e, "] is ", given[e],
-               ", but topk_idx and is_token_in_rank send ", counts[e], " choices to expert ", e);
-  }
 }
 
 void validateDispatchOutputs(const PendingState& pending, const DispatchOutputs& outputs) {

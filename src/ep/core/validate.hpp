@@ -16,12 +16,10 @@ struct BufferFacts {
   int numRanks = 1;
   std::uint64_t bufferId = 0;
   const BufferOptions& options;
-  TensorReader* reader = nullptr;  ///< null: tensors are read in place
-
-  std::shared_ptr<const void> read(const TensorView& tensor) const {
-    return reader != nullptr ? reader->read(tensor) : TensorReader().read(tensor);
-  }
 };
+
+/// One of this buffer's.
+const HandleState& checkHandle(const BufferFacts& facts, const DispatchHandle& handle);
 
 void validateOptions(const BufferOptions& options, int numRanks);
 
@@ -31,13 +29,11 @@ void validateCall(const BufferFacts& facts, const CallOptions& call);
 void validateLayout(const BufferFacts& facts, const TensorView& topkIdx, std::int64_t numExperts,
                     const LayoutOutputs& outputs);
 
-/// `placement` and `call` are not filled in yet; validateExpertCounts() follows when they are.
+/// `placement`, `routing` and `call` are not filled in yet.
 DispatchRequest validateDispatch(const BufferFacts& facts, const DispatchInputs& inputs,
                                  const DispatchOptions& options);
 DispatchRequest validateCachedDispatch(const BufferFacts& facts, const DispatchInputs& inputs,
                                        const DispatchHandle& handle);
-/// Counts per expert are those of the choices of the tokens that go to the expert's rank.
-void validateExpertCounts(const DispatchRequest& request);
 void validateDispatchOutputs(const PendingState& pending, const DispatchOutputs& outputs);
 
 CombineRequest validateCombine(const BufferFacts& facts, const CombineInputs& inputs,

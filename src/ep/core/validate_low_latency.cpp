@@ -57,7 +57,8 @@ void checkDispatchInputs(const BufferFacts& facts, const LowLatencyDispatchInput
              "; T must be at most num_max_dispatch_tokens_per_rank, ", options.maxTokensPerRank);
   checkQuantization(inputs, options.quantization);
   EP_EXPECTS(inputs.topkIdx, "topk_idx is missing; it must be [T, K]");
-  checkTopkIdx(inputs.topkIdx, facts, inputs.x.shape[0], options.numExperts);
+  checkTopkIdx(inputs.topkIdx, facts, inputs.x.shape[0]);
+  checkIds(inputs.topkIdx, options.numExperts);
   if (!inputs.topkWeights) return;
   checkTensor(inputs.topkWeights, device,
               {"topk_weights",

@@ -33,6 +33,9 @@ class CpuBackend final : public HostBackend {
                 {context(), Lane::lowLatency1, options.firstEpoch}}},
         nextLowLatencyEpoch_(options.firstEpoch) {}
 
+  void examineRouting(DispatchRequest& request) override {
+    request.routing = readRouting(request.inputs, *request.placement);
+  }
   void getDispatchLayout(const TensorView& topkIdx, const ExpertPlacement& placement,
                          const LayoutOutputs& outputs) override {
     refuseChild();
@@ -70,7 +73,7 @@ class CpuBackend final : public HostBackend {
     Context now = context();
     cpu::combineRows(now, request);
   }
-  std::shared_ptr<std::byte> allocateOrdinary(std::size_t bytes) override {
+  std::shared_ptr<std::byte> allocateOrdinary(std::size_t bytes, Stream) override {
     return pool_.allocate(bytes);
   }
   std::int64_t ordinaryBytes() override { return pool_.bytes(); }

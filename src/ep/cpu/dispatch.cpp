@@ -243,7 +243,7 @@ Awaited RowMover::withoutRoom(std::int64_t numTokens) const {
 
 void RowMover::sendTokens(std::int64_t begin, std::int64_t end) {
   const auto ranks = static_cast<std::int64_t>(numRanks());
-  const std::int32_t* heads = request_.plan->head.data();
+  const std::int32_t* heads = request_.routing.plan->head.data();
   for (std::int64_t token = begin; token < end; ++token) {
     std::optional<std::uint64_t> sum;
     for (std::int64_t r = 0; r < ranks; ++r) {
@@ -259,8 +259,8 @@ void RowMover::sendTokens(std::int64_t begin, std::int64_t end) {
 /// How many rows for a rank are among the first tokens.
 std::int64_t RowMover::rowsAmong(std::size_t rank, std::int64_t numTokens) const {
   const RowWriter::Target& target = targets_[rank];
-  const std::vector<std::int32_t>& heads = request_.plan->head;
-  std::int64_t rows = request_.plan->numRows[rank];
+  const std::vector<std::int32_t>& heads = request_.routing.plan->head;
+  std::int64_t rows = request_.routing.plan->numRows[rank];
   if (numTokens < request_.numTokens) {
     auto token = static_cast<std::size_t>(numTokens);
     while (token > 0 && heads[(token - 1) * numRanks() + rank] < 0) --token;
@@ -383,7 +383,7 @@ std::shared_ptr<const HandleState> RowMover::makeHandle() {
 
   const auto ranks = static_cast<std::int64_t>(numRanks());
   // Callers may write to what the handle shows; the routing itself stays as it is.
-  const auto heads = shared(request_.plan->head);
+  const auto heads = shared(request_.routing.plan->head);
   state->sendHead = wrap(heads, heads->data(), DataType::int32, request_.numTokens, ranks);
   const auto* inRank = static_cast<const std::uint8_t*>(request_.inputs.isTokenInRank.data);
   auto copy = shared(std::vector<std::uint8_t>(inRank, inRank + request_.numTokens * ranks));

@@ -4,8 +4,12 @@
 #include <algorithm>
 
 #include "cuda/combine.hpp"
+#include "cuda/diagnostics.hpp"
 #include "cuda/dispatch.hpp"
+#include "cuda/peer_order.hpp"
 #include "cuda/placement.hpp"
+#include "cuda/plan_report.hpp"
+#include "cuda/routing.hpp"
 #include "mscclpp_ep/diagnostics.hpp"
 #include "mscclpp_ep/event.hpp"
 #include "transport/cuda_memory.hpp"
@@ -18,36 +22,65 @@ namespace {
 /// Those of DeepEP, which leave most of the GPU to the model.
 constexpr int kDefaultSms = 20;
 
-/// Rows in the memory of a GPU. The ranks exchange counts and addresses on the host; kernels write
-/// and read the memory of other ranks. A call returns with its outputs complete.
-class CudaBackend final : public HostBackend {
+cudaStream_t handleOf(Stream stream) { return static_cast<cudaStream_t>(stream.handle()); }
+
+/// What the backend owns that its base works with, and that must therefore be there first.
+struct Resources {
+  explicit Resources(std::unique_ptr<PeerOrder> connected) : peerOrder(std::move(connected)) {}
+
+  OwnedStream stream;
+  UserStreams users{stream.get()};
+  std::unique_ptr<PeerOrder> peerOrder;
+
+  MakeFence makeFence() {
+    return [this] { return users.fence(); };
+  }
+};
+
+int multiprocessors(int device) {
+  int count = 0;
+  EP_CUDA_TRY(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+              "cannot tell what GPU ", device, " is");
+  return count;
+}
+
+/// Rows in the memory of a GPU. The hosts of the ranks agree on each operation and exchange
+/// addresses; what moves rows, and waits for other ranks to have moved theirs, are kernels.
+class CudaBackend final : private Resources, public HostBackend {
  public:
-  CudaBackend(std::unique_ptr<Transport> transport, std::unique_ptr<Trace> trace,
-              const BufferOptions& options, std::uint64_t bufferId)
-      : HostBackend(std::move(transport), std::move(trace), options,
-                    static_cast<std::size_t>(options.arenaBytes), bufferId,
-                    [device = options.device.index] {
-                      const CurrentDevice current(device);
-                      settle();
-                    }),
-        device_(options.device.index) {}
+  CudaBackend(std::unique_ptr<Transport> transport, std::unique_ptr<PeerOrder> connected,
+              std::unique_ptr<Trace> trace, const BufferOptions& options, std::uint64_t bufferId)
+      : Resources(std::move(connected)),
+        HostBackend(std::move(transport), std::move(trace), options,
+                    static_cast<std::size_t>(options.arenaBytes), bufferId, makeFence()),
+        device_(options.device.index),
+        deviceSms_(multiprocessors(options.device.index)),
+        pollInterrupt_(options.pollInterrupt),
+        pool_(makeFence()) {}
+  ~CudaBackend() override;
 
   void beginCall(const CallOptions& call) override;
-  std::shared_ptr<const void> read(const TensorView& tensor) override;
+  void endCall(const CallOptions& call) override;
+  void examineRouting(DispatchRequest& request) override;
   void getDispatchLayout(const TensorView& topkIdx, const ExpertPlacement& placement,
                          const LayoutOutputs& outputs) override;
   // Arguments are checked before, and refused: the ranks agree on that without a word.
   std::shared_ptr<ReceiveState> lowLatencyDispatch(LowLatencyDispatchRequest) override {
-    throw NotBuilt("low-latency operations on a GPU are not in this version");
+    return nullptr;
   }
   std::shared_ptr<ReceiveState> lowLatencyCombine(LowLatencyCombineRequest) override {
-    throw NotBuilt("low-latency operations on a GPU are not in this version");
+    return nullptr;
   }
   void receive(ReceiveState&) override {}
   void refuse(Operation operation, std::string_view why) override {
     if (operation < Operation::lowLatencyDispatch) HostBackend::refuse(operation, why);
   }
-  Stream commStream() const override { return Stream(stream_.get()); }
+  Tensor allocate(std::size_t bytes, MemoryKind kind, Stream user) override;
+  std::vector<std::int64_t> readCounts(const HandleState& handle) override;
+  std::vector<double> timePush(std::size_t bytes, int numSms, int repeats) override;
+  void recordStream(Stream user) override { users.add(handleOf(user)); }
+  Stream commStream() const override { return Stream(stream.get()); }
+  void check() override;
 
  private:
   std::shared_ptr<const HandleState> moveRows(const DispatchRequest& request,
@@ -55,43 +88,134 @@ class CudaBackend final : public HostBackend {
                                               const DispatchOutputs& outputs) override {
     const CurrentDevice current(device_);
     Context now = context(request.call);
-    const PlacementArrays placement = placement_.get(*request.placement, pool_, stream_.get());
-    return cuda::moveRows(now, placement, request, plan, outputs);
+    return cuda::moveRows(now, placements_.get(*request.placement, stream.get()), request, plan,
+                          outputs);
   }
   void combineRows(const CombineRequest& request) override {
     const CurrentDevice current(device_);
     Context now = context(request.call);
     cuda::combineRows(now, request);
   }
-  std::shared_ptr<std::byte> allocateOrdinary(std::size_t bytes) override {
+  std::shared_ptr<std::byte> allocateOrdinary(std::size_t bytes, Stream) override {
     const CurrentDevice current(device_);
     return pool_.allocate(bytes);
   }
   std::int64_t ordinaryBytes() override { return pool_.bytes(); }
+  void notice() override { peerOrder->throwIfFailed(); }
+  void abort() noexcept override { peerOrder->abort(); }
+  void settle() override;
+  void awaitStream() const;
 
   Context context(const CallOptions& call) {
-    return {context_, {device_, pool_, stream_, call.numSms > 0 ? call.numSms : kDefaultSms}};
+    return {context_,
+            {device_, pool_, stream.get(), users.capturing(), peerOrder->arguments(),
+             reporter_.notice(), pollInterrupt_, smsFor(call)}};
+  }
+
+  /// The kernels of ranks that share the GPU wait for each other, and must all fit on it.
+  int smsFor(const CallOptions& call) const {
+    const int wanted = call.numSms > 0 ? call.numSms : kDefaultSms;
+    return std::clamp(wanted, 1, std::max(deviceSms_ / ranksOnDevice(device_), 1));
   }
 
   const int device_;
+  const int deviceSms_;
+  const std::function<void()> pollInterrupt_;
   DevicePool pool_;
-  OwnedStream stream_;
-  DevicePlacement placement_;
+  PlanReporter reporter_;
+  DevicePlacements placements_;
 };
+
+/// What this rank still waits for on the GPU ends, and with it what it reads and writes.
+CudaBackend::~CudaBackend() {
+  peerOrder->abort();
+  int before = 0;
+  (void)cudaGetDevice(&before);
+  (void)cudaSetDevice(device_);
+  (void)cudaStreamSynchronize(stream.get());
+  (void)cudaSetDevice(before);
+}
 
 void CudaBackend::beginCall(const CallOptions& call) {
   requireUsable();
-  Event(call.stream, device_).wait(commStream());
+  const CurrentDevice current(device_);
+  users.add(handleOf(call.stream));
+  users.allowWaiting(!call.previous.has_value());
+  if (call.previous) {
+    call.previous->wait(commStream());
+  } else {
+    orderStreams(handleOf(call.stream), stream.get());
+  }
+  users.setCapturing(isCapturing(stream.get()));
 }
 
-std::shared_ptr<const void> CudaBackend::read(const TensorView& tensor) {
+void CudaBackend::endCall(const CallOptions& call) {
   const CurrentDevice current(device_);
-  const auto copy = std::make_shared<std::vector<std::byte>>(numBytes(tensor));
-  EP_CUDA_TRY(cudaMemcpyAsync(copy->data(), tensor.data, copy->size(), cudaMemcpyDeviceToHost,
-                              stream_.get()),
-              "cannot read a tensor");
-  stream_.synchronize("what came before the call");
-  return {copy, copy->data()};
+  if (!call.async) orderStreams(stream.get(), handleOf(call.stream));
+}
+
+void CudaBackend::examineRouting(DispatchRequest& request) {
+  const CurrentDevice current(device_);
+  Context now = context(request.call);
+  cuda::examineRouting(now, reporter_, placements_.get(*request.placement, stream.get()), request);
+}
+
+Tensor CudaBackend::allocate(std::size_t bytes, MemoryKind kind, Stream user) {
+  const CurrentDevice current(device_);
+  if (user.given()) {
+    users.add(handleOf(user));
+    users.setCapturing(isCapturing(handleOf(user)));
+  }
+  Tensor tensor = HostBackend::allocate(bytes, kind, user);
+  if (users.capturing()) {
+    keepWithGraph(user.given() ? handleOf(user) : stream.get(), tensor.owner);
+  } else if (user.given()) {
+    // Free memory is free for what comes on the stream of operations.
+    orderStreams(stream.get(), handleOf(user));
+  }
+  return tensor;
+}
+
+std::vector<std::int64_t> CudaBackend::readCounts(const HandleState& handle) {
+  const CurrentDevice current(device_);
+  awaitStream();
+  const DeviceRouting& routing = deviceRouting(handle.onGpu);
+  std::vector<std::int32_t> counts(static_cast<std::size_t>(1 + routing.numLocalExperts));
+  const CountsMap map(context_.size(), routing.numLocalExperts);
+  const auto copy = [&](std::int32_t* out, std::int64_t at, std::int64_t count) {
+    EP_CUDA_TRY(cudaMemcpy(out, routing.count(at),
+                           static_cast<std::size_t>(count) * sizeof(std::int32_t),
+                           cudaMemcpyDeviceToHost),
+                "cannot read the counts of a handle");
+  };
+  copy(counts.data(), map.numRecv(), 1);
+  copy(counts.data() + 1, map.perExpert(), routing.numLocalExperts);
+  return {counts.begin(), counts.end()};
+}
+
+void CudaBackend::awaitStream() const {
+  EP_CUDA_TRY(cudaStreamSynchronize(stream.get()), "work of the buffer failed on the GPU");
+}
+
+void CudaBackend::settle() {
+  const CurrentDevice current(device_);
+  awaitStream();
+  notice();
+}
+
+void CudaBackend::check() {
+  requireUsable();
+  settle();
+  const Notice seen = std::exchange(*reporter_.notice(), {});
+  EP_EXPECTS(seen.badPlace < 0, "topk_idx had ", seen.badId,
+             ", which is no id of an expert and was taken as -1");
+  EP_EXPECTS(seen.countsDiffer == 0,
+             "num_tokens_per_rank or num_tokens_per_expert, given with num_worst_tokens, were not "
+             "the counts of is_token_in_rank and topk_idx");
+  EP_EXPECTS(seen.dropped == 0, "num_worst_tokens was ", seen.numRows, ", but ", seen.numRecv,
+             " rows came; ", seen.numRecv - seen.numRows,
+             " were dropped from the highest (source rank, token)");
+  HostBackend::check();
 }
 
 void CudaBackend::getDispatchLayout(const TensorView& topkIdx, const ExpertPlacement& placement,
@@ -100,15 +224,49 @@ void CudaBackend::getDispatchLayout(const TensorView& topkIdx, const ExpertPlace
   const CurrentDevice current(device_);
   CountArguments arguments;
   arguments.topk = {topkIdx.data, nullptr, topkIdx.shape[1], topkIdx.dtype == DataType::int64};
-  arguments.owner = placement_.get(placement, pool_, stream_.get()).owner;
+  arguments.owner = placements_.get(placement, stream.get()).owner;
   arguments.numTokens = topkIdx.shape[0];
   arguments.numExperts = placement.numExperts();
   arguments.numRanks = context_.size();
   arguments.perRank = static_cast<std::int32_t*>(outputs.numTokensPerRank.data);
   arguments.perExpert = static_cast<std::int32_t*>(outputs.numTokensPerExpert.data);
   arguments.inRank = static_cast<std::uint8_t*>(outputs.isTokenInRank.data);
-  countTokens(arguments, stream_.get());
-  stream_.synchronize("the layout");
+  arguments.notice = reporter_.notice();
+  countTokens(arguments, stream.get());
+}
+
+std::vector<double> CudaBackend::timePush(std::size_t bytes, int numSms, int repeats) {
+  return run("push", [&] {
+    const CurrentDevice current(device_);
+    beginEpoch("push");
+    CallOptions call;
+    call.numSms = numSms;
+    Context now = context(call);
+    return cuda::timePush(now, bytes, repeats);
+  });
+}
+
+void loadKernels() {
+  loadPlanKernels();
+  loadExchangeKernels();
+}
+
+/// Lets the kernels of the ranks find each other. A rank that cannot comes to the barrier all the
+/// same: the others learn that it has gone when they look for its memory.
+std::unique_ptr<PeerOrder> connectKernels(Bootstrap& bootstrap, Transport& transport,
+                                          const BufferOptions& options) {
+  std::unique_ptr<PeerOrder> order;
+  std::exception_ptr failure;
+  try {
+    loadKernels();
+    order = std::make_unique<PeerOrder>(transport, options.firstEpoch, options.timeout);
+  } catch (const Error&) {
+    failure = std::current_exception();
+  }
+  bootstrap.barrier();
+  if (failure != nullptr) std::rethrow_exception(failure);
+  order->connect(transport);
+  return order;
 }
 
 /// What this version cannot do on a GPU.
@@ -149,8 +307,9 @@ std::shared_ptr<Backend> makeCudaBackend(Bootstrap& bootstrap, const Admission& 
   }
   auto transport = std::make_unique<SharedMemory>(bootstrap, std::move(connecting));
   const CurrentDevice current(options.device.index);
-  return std::make_shared<cuda::CudaBackend>(std::move(transport), std::move(trace), options,
-                                             bufferId);
+  auto order = cuda::connectKernels(bootstrap, *transport, options);
+  return std::make_shared<cuda::CudaBackend>(std::move(transport), std::move(order),
+                                             std::move(trace), options, bufferId);
 }
 
 int cudaDeviceCount() {

@@ -4,7 +4,7 @@
 #include <span>
 #include <vector>
 
-#include "cuda/kernels.hpp"
+#include "cuda/routing.hpp"
 #include "host/rounds.hpp"
 
 namespace mscclpp_ep::cuda {
@@ -29,9 +29,6 @@ class RowReducer {
     offerInputs();
     receiveOffers();
     reduce();
-    // A rank that gave up may have let its caller overwrite the rows, also those read already.
-    context_.requireNobodyGaveUp();
-    finishReading(context_);
   }
 
  private:
@@ -43,7 +40,10 @@ class RowReducer {
   int rowAlignment() const;
   void reduce();
 
-  std::int64_t numReceived() const { return std::min(handle_.numRecv(), handle_.numRows); }
+  std::int64_t numReceived() const {
+    return handle_.plan == nullptr ? handle_.numRows
+                                   : std::min(handle_.numRecv(), handle_.numRows);
+  }
   const std::byte* input() const { return static_cast<const std::byte*>(request_.inputs.x.data); }
   const std::byte* inputWeights() const {
     return static_cast<const std::byte*>(request_.inputs.topkWeights.data);
@@ -79,8 +79,6 @@ void RowReducer::offerInputs() {
     postRefusal(context_, Operation::combine, error.what());
     throw OperationRefused{std::current_exception()};
   }
-  // The others read at once: whatever the caller enqueued to make the rows must be done.
-  context_.stream.synchronize("what came before the combine");
 }
 
 /// Copies what does not lie in the arena to a block that does.
@@ -90,8 +88,10 @@ void RowReducer::stage(std::size_t rows, std::size_t weights) {
   if (auto block = context_.arena.allocate(behindRows + weights)) {
     block_ = std::move(*block);
   } else {
+    if (context_.capturing) context_.arena.keepLanding();
     block_ = context_.arena.landing(behindRows + weights);
   }
+  context_.keep(block_.data);
   if (rows > 0) {
     copyToStaging(0, input(), rows);
     rowsAddress_ = block_.address;
@@ -105,7 +105,7 @@ void RowReducer::stage(std::size_t rows, std::size_t weights) {
 
 void RowReducer::copyToStaging(std::size_t offset, const void* data, std::size_t bytes) {
   EP_CUDA_TRY(cudaMemcpyAsync(block_.data.get() + offset, data, bytes, cudaMemcpyDeviceToDevice,
-                              context_.stream.get()),
+                              context_.stream),
               "cannot copy rows for the other ranks");
 }
 
@@ -121,19 +121,21 @@ void RowReducer::receiveOffers() {
 
 void RowReducer::bindSource(std::size_t rank, const CombineEntry& entry) {
   SumSource& source = sources_[rank];
-  const std::int64_t first = handle_.firstRowAt[rank];
-  source.count = rowsKept(first, handle_.plan->numRows[rank], handle_.capacityAt[rank]);
-  if (source.count == 0) return;
+  source.span = {handle_.firstRowAt[rank], handle_.capacityAt[rank]};
+  const bool noRows = source.span.capacity == 0 ||
+                      (handle_.plan != nullptr &&
+                       rowsKept(source.span.firstRow, handle_.plan->numRows[rank],
+                                source.span.capacity) == 0);
+  if (noRows) return;
   const int peer = static_cast<int>(rank);
   const bool own = peer == context_.rank();
-  const auto skip = static_cast<std::size_t>(first);
-  const RowRange range{first, source.count};
-  source.rows = own ? input() + skip * rowBytes_
+  const RowRange range{0, source.span.capacity};
+  source.rows = own ? input()
                     : peerRows(context_, peer, entry.rows, range, rowBytes_,
                                itemSize(request_.inputs.x.dtype));
   if (weightBytes_ == 0) return;
   source.weights = reinterpret_cast<const float*>(
-      own ? inputWeights() + skip * weightBytes_
+      own ? inputWeights()
           : peerRows(context_, peer, entry.weights, range, weightBytes_, sizeof(float)));
 }
 
@@ -149,8 +151,6 @@ int RowReducer::rowAlignment() const {
 
 void RowReducer::reduce() {
   const TraceScope scope(context_.trace, "reduce");
-  const auto sources =
-      context_.pool.upload(std::span<const SumSource>(sources_), context_.stream.get());
   SumArguments arguments;
   arguments.out = static_cast<std::byte*>(request_.outputs.x.data);
   arguments.dtype = request_.inputs.x.dtype;
@@ -161,13 +161,18 @@ void RowReducer::reduce() {
     arguments.outWeights = static_cast<float*>(request_.outputs.topkWeights.data);
     arguments.topk = request_.signature.topk;
   }
-  arguments.head = reinterpret_cast<const std::int32_t*>(handle_.headOnGpu.get());
-  arguments.sources = reinterpret_cast<const SumSource*>(sources.get());
+  const DeviceRouting& routing = deviceRouting(handle_.onGpu);
+  arguments.head = routing.heads();
+  arguments.sources = context_.perRank(sources_);
+  if (handle_.plan == nullptr) {
+    arguments.firstRows =
+        routing.count(CountsMap(context_.size(), routing.numLocalExperts).firstRows());
+  }
   arguments.numTokens = handle_.numTokens;
   arguments.numRanks = context_.size();
   arguments.rowAlignment = rowAlignment();
-  sumRows(arguments, context_.numSms, context_.stream.get());
-  context_.stream.synchronize("the combine");
+  arguments.order = context_.order;
+  sumRows(arguments, context_.numSms, context_.stream);
 }
 
 }  // namespace

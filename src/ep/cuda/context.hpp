@@ -4,10 +4,18 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
+#include <memory>
+#include <type_traits>
+#include <vector>
 
+#include "cuda/kernels.hpp"
+#include "cuda/order.hpp"
 #include "cuda/resources.hpp"
+#include "cuda/streams.hpp"
 #include "host/context.hpp"
+#include "mscclpp_ep/tensor.hpp"
 
 namespace mscclpp_ep::cuda {
 
@@ -15,8 +23,12 @@ namespace mscclpp_ep::cuda {
 struct Movers {
   int device;
   DevicePool& pool;
-  const OwnedStream& stream;  ///< on which all of an operation's work is enqueued
-  int numSms;                 ///< that a kernel may use
+  cudaStream_t stream;  ///< on which all of an operation's work is enqueued
+  bool capturing;       ///< for a graph, instead of run
+  const Order& order;
+  Notice* notice;  ///< for what goes wrong on the GPU
+  const std::function<void()>& pollInterrupt;
+  int numSms;  ///< that a kernel may use
 };
 
 /// The parts of a rank that its operations work with.
@@ -24,11 +36,44 @@ struct Context : HostContext, Movers {
   Context(const HostContext& host, const Movers& movers) : HostContext(host), Movers(movers) {}
 
   Device onDevice() const { return {DeviceType::cuda, device}; }
+
+  /// Ordinary memory for this operation. A graph that is captured keeps it.
+  std::shared_ptr<std::byte> take(std::size_t bytes) const { return keep(pool.allocate(bytes)); }
+  template <typename T>
+  std::shared_ptr<T> keep(std::shared_ptr<T> owner) const {
+    if (capturing) keepWithGraph(stream, owner);
+    return owner;
+  }
+  /// For the arguments of a kernel: a few in them, more in memory.
+  template <typename T>
+  PerRank<T> perRank(const std::vector<T>& values) const {
+    PerRank<T> result;
+    if (values.size() <= PerRank<T>::kMost) {
+      std::copy(values.begin(), values.end(), result.few);
+      return result;
+    }
+    static_assert(std::is_trivially_copyable_v<T> && sizeof(T) % sizeof(std::int32_t) == 0);
+    const auto words = static_cast<std::int64_t>(values.size() * sizeof(T) / sizeof(std::int32_t));
+    const auto memory = take(values.size() * sizeof(T));
+    storeValues(reinterpret_cast<std::int32_t*>(memory.get()),
+                reinterpret_cast<const std::int32_t*>(values.data()), words, stream);
+    result.many = reinterpret_cast<const T*>(memory.get());
+    return result;
+  }
+  Tensor takeTensor(DataType dtype, std::initializer_list<std::int64_t> shape) const {
+    Tensor tensor;
+    tensor.view = makeView(nullptr, dtype, shape, onDevice());
+    tensor.owner = take(numBytes(tensor.view));
+    tensor.view.data = tensor.owner.get();
+    return tensor;
+  }
 };
 
 /// The largest of 16, 8, 4, 2 and 1 that divides all addresses and sizes added.
 class Alignment {
  public:
+  static constexpr int kMost = 16;
+
   void add(const void* data) { bits_ |= reinterpret_cast<std::uintptr_t>(data); }
   void add(std::int64_t bytes) { bits_ |= static_cast<std::uintptr_t>(bytes); }
   int value() const {
@@ -38,7 +83,6 @@ class Alignment {
   }
 
  private:
-  static constexpr int kMost = 16;
   std::uintptr_t bits_ = 0;
 };
 

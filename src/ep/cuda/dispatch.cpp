@@ -4,6 +4,7 @@
 #include <span>
 #include <vector>
 
+#include "cuda/routing.hpp"
 #include "host/rounds.hpp"
 
 namespace mscclpp_ep::cuda {
@@ -26,13 +27,13 @@ class RowMover {
         placement_(placement),
         request_(request),
         plan_(plan),
-        numKeptFrom_(plan.numKeptFrom()),
-        targets_(numKeptFrom_.size()) {
+        routing_(deviceRouting(request.routing.onGpu)),
+        map_(context.size(), routing_.numLocalExperts),
+        targets_(static_cast<std::size_t>(context.size())) {
     describeColumns();
     try {
       bindOutputs(outputs);
-      head_ = context_.pool.upload(std::span<const std::int32_t>(request.plan->head),
-                                   context.stream.get());
+      if (exchangesCounts()) incoming_ = takeIncoming();
     } catch (const Error& error) {
       abandonRows(context, Verdict::noRoom, error.what());
       throw OperationRefused{std::current_exception()};
@@ -41,13 +42,12 @@ class RowMover {
 
   std::shared_ptr<const HandleState> run() {
     bindTargets(publish());
+    // From here on nothing may wait for the GPU: the kernels of other ranks wait for this one's.
+    if (exchangesCounts()) exchangeCountsOnGpu();
     sendRows();
-    awaitRows();
     copyLanded();
-    markMissingRows();
-    auto handle = makeHandle();
-    context_.stream.synchronize("the dispatch");
-    return handle;
+    if (request_.cached == nullptr && request_.countsOnHost()) storeCounts();
+    return makeHandle();
   }
 
  private:
@@ -55,34 +55,42 @@ class RowMover {
   void bindOutputs(const DispatchOutputs& outputs);
   void bindLanding();
   Tensor allocateRows(DataType dtype);
-  Tensor copyOf(const void* data, DataType dtype, std::initializer_list<std::int64_t> shape);
+  ArenaBlock takeIncoming();
   const std::vector<Message>& publish();
   void bindTargets(const std::vector<Message>& publications);
   void bindTarget(std::size_t rank, const DispatchPublish& publication);
+  std::byte* ownColumn(const OutputColumn& output) const;
+  void bindOutgoing(std::size_t rank, const DispatchPublish& publication);
   int rowAlignment() const;
+  void exchangeCountsOnGpu();
+  void markMissing();
   void sendRows();
-  void awaitRows();
   void copyLanded();
   void copyRows(const OutputColumn& output, std::int64_t rowBytes, std::int64_t begin,
                 std::int64_t end);
-  void markMissingRows();
-  void fill(int column, std::int64_t from, int value);
+  void storeCounts();
   std::shared_ptr<const HandleState> makeHandle();
 
+  /// Whether the counts of this dispatch are not on the host, and have not been exchanged before.
+  bool exchangesCounts() const { return request_.cached == nullptr && !request_.countsOnHost(); }
   std::size_t numRanks() const { return targets_.size(); }
-  std::int64_t numReceived() const { return std::min(plan_.numRecv, plan_.numRows); }
+  std::int64_t numReceived() const {
+    return request_.countsOnHost() ? std::min(plan_.numRecv, plan_.numRows) : plan_.numRows;
+  }
 
   Context& context_;
   const PlacementArrays& placement_;
   const DispatchRequest& request_;
   const DispatchPlan& plan_;
-  const std::vector<std::int64_t> numKeptFrom_;
+  const DeviceRouting& routing_;
+  const CountsMap map_;
   std::int64_t rowBytes_[kNumColumns] = {};  ///< 0: this dispatch has no such array
   OutputColumn outputs_[kNumColumns];
   Tensor sourceIndex_;
   ArenaBlock landing_;
+  ArenaBlock incoming_;                    ///< packets of counts
   std::vector<PushTarget> targets_;
-  std::shared_ptr<std::byte> head_;
+  std::vector<std::uint64_t*> outgoing_;  ///< likewise, at each rank
 };
 
 std::int64_t bytesPerToken(const TensorView& tensor) {
@@ -128,6 +136,7 @@ void RowMover::bindLanding() {
   }
   const LandingMap map = landingMap(plan_.numRows, missing);
   if (map.bytes == 0) return;
+  if (context_.capturing) context_.arena.keepLanding();
   landing_ = context_.arena.landing(map.bytes);
   for (int column = 0; column < kNumColumns; ++column) {
     if (missing[column] == 0) continue;
@@ -143,22 +152,20 @@ Tensor RowMover::allocateRows(DataType dtype) {
   const std::size_t bytes = arrayBytes(plan_.numRows, itemSize(dtype));
   const auto block = context_.arena.allocate(bytes);
   Tensor rows;
-  rows.owner = block ? block->data : context_.pool.allocate(bytes);
+  rows.owner = block ? context_.keep(block->data) : context_.take(bytes);
   rows.view = makeView(rows.owner.get(), dtype, {plan_.numRows}, context_.onDevice());
   return rows;
 }
 
-Tensor RowMover::copyOf(const void* data, DataType dtype,
-                        std::initializer_list<std::int64_t> shape) {
-  Tensor copy;
-  copy.view = makeView(nullptr, dtype, shape, context_.onDevice());
-  const std::size_t bytes = numBytes(copy.view);
-  copy.owner = context_.pool.allocate(bytes);
-  copy.view.data = copy.owner.get();
-  EP_CUDA_TRY(
-      cudaMemcpyAsync(copy.view.data, data, bytes, cudaMemcpyDeviceToDevice, context_.stream.get()),
-      "cannot copy the routing");
-  return copy;
+ArenaBlock RowMover::takeIncoming() {
+  const std::size_t bytes =
+      arrayBytes(context_.size() * (1 + routing_.numLocalExperts), sizeof(std::uint64_t));
+  auto block = context_.arena.allocate(bytes);
+  if (!block) {
+    throw SystemError(cat("the arena has no room for the ", bytes, " bytes of counts per expert"));
+  }
+  context_.keep(block->data);
+  return std::move(*block);
 }
 
 const std::vector<Message>& RowMover::publish() {
@@ -167,7 +174,11 @@ const std::vector<Message>& RowMover::publish() {
   for (std::size_t r = 0; r < numRanks(); ++r) {
     DispatchPublish publication;
     publication.firstRow = plan_.firstRowFrom[r];
-    publication.capacity = std::min(plan_.numRows, plan_.firstRowFrom[r] + plan_.numRowsFrom[r]);
+    publication.capacity = plan_.numRows;
+    if (request_.countsOnHost()) {
+      publication.capacity = std::min(plan_.numRows, plan_.firstRowFrom[r] + plan_.numRowsFrom[r]);
+    }
+    publication.counts = incoming_.address;
     for (int column = 0; column < kNumColumns; ++column) {
       publication.columns[column] = outputs_[column].address;
     }
@@ -188,20 +199,40 @@ void RowMover::bindTargets(const std::vector<Message>& publications) {
 }
 
 void RowMover::bindTarget(std::size_t rank, const DispatchPublish& publication) {
+  if (exchangesCounts()) bindOutgoing(rank, publication);
   PushTarget& target = targets_[rank];
-  target.firstRow = publication.firstRow;
-  target.capacity = publication.capacity;
-  if (rowsKept(target.firstRow, request_.plan->numRows[rank], target.capacity) == 0) return;
+  target.span = {publication.firstRow, publication.capacity};
+  const bool noRows = target.span.capacity == 0 ||
+                      (request_.countsOnHost() &&
+                       rowsKept(target.span.firstRow, request_.routing.plan->numRows[rank],
+                                target.span.capacity) == 0);
+  if (noRows) return;
   const int peer = static_cast<int>(rank);
   for (int column = 0; column < kNumColumns; ++column) {
     if (rowBytes_[column] == 0) continue;
-    // Own rows go to the output itself, also where those of others land elsewhere.
     target.columns[column] =
         peer == context_.rank()
-            ? outputs_[column].data
-            : peerRows(context_, peer, publication.columns[column], {0, target.capacity},
+            ? ownColumn(outputs_[column])
+            : peerRows(context_, peer, publication.columns[column], {0, target.span.capacity},
                        static_cast<std::size_t>(rowBytes_[column]), 1);
   }
+}
+
+/// Own rows go to the output itself, also where those of others land elsewhere, if it is known
+/// which of the rows that landed are to be copied.
+std::byte* RowMover::ownColumn(const OutputColumn& output) const {
+  return output.landing != nullptr && !request_.countsOnHost() ? output.landing : output.data;
+}
+
+void RowMover::bindOutgoing(std::size_t rank, const DispatchPublish& publication) {
+  const int peer = static_cast<int>(rank);
+  const std::int64_t experts = request_.placement->numLocal(peer);
+  const RowRange mine{context_.rank() * (1 + experts), 1 + experts};
+  outgoing_.push_back(reinterpret_cast<std::uint64_t*>(
+      peer == context_.rank()
+          ? incoming_.data.get() + static_cast<std::size_t>(mine.first) * sizeof(std::uint64_t)
+          : peerRows(context_, peer, publication.counts, mine, sizeof(std::uint64_t),
+                     sizeof(std::uint64_t))));
 }
 
 /// Of the rows themselves, at their source and wherever they go.
@@ -220,56 +251,78 @@ ScaleArray scalesOf(const TensorView& scales) {
           scales.strides[1] * element, element};
 }
 
-TopkArrays topkOf(const DispatchInputs& inputs) {
-  if (!inputs.topkIdx) return {};
-  return {inputs.topkIdx.data, static_cast<const float*>(inputs.topkWeights.data),
-          inputs.topkIdx.shape[1], inputs.topkIdx.dtype == DataType::int64};
+/// The ranks' kernels tell each other how many rows go where; with room that is not needed, rows
+/// that nobody sends are told by their indices.
+void RowMover::exchangeCountsOnGpu() {
+  ExchangeArguments arguments;
+  arguments.sent = routing_.count(map_.sent());
+  arguments.perExpert =
+      static_cast<const std::int32_t*>(request_.inputs.numTokensPerExpert.data);
+  arguments.placement = placement_;
+  arguments.numLocalExperts = routing_.numLocalExperts;
+  arguments.outgoing = context_.perRank(outgoing_);
+  arguments.incoming = reinterpret_cast<std::uint64_t*>(incoming_.data.get());
+  arguments.numRecv = routing_.count(map_.numRecv());
+  arguments.prefixMatrix = routing_.count(map_.prefixMatrix());
+  arguments.channelPrefix = routing_.count(map_.channelPrefix());
+  arguments.received = routing_.count(map_.perExpert());
+  arguments.firstRows = routing_.count(map_.firstRows());
+  arguments.numRows = plan_.numRows;
+  arguments.notice = context_.notice;
+  arguments.order = context_.order;
+  exchangeCounts(arguments, context_.stream);
+}
+
+void RowMover::markMissing() {
+  MarkArguments arguments;
+  arguments.numRecv = routing_.count(map_.numRecv());
+  arguments.numRows = plan_.numRows;
+  arguments.topkIdx = outputs_[kTopkIdx].data;
+  arguments.idBytes = rowBytes_[kTopkIdx];
+  arguments.topkWeights = outputs_[kTopkWeights].data;
+  arguments.weightBytes = rowBytes_[kTopkWeights];
+  arguments.sourceIndex = reinterpret_cast<std::int32_t*>(outputs_[kSourceIndex].data);
+  markMissingRows(arguments, context_.stream);
 }
 
 void RowMover::sendRows() {
   const TraceScope scope(context_.trace, "send rows");
-  const auto targets =
-      context_.pool.upload(std::span<const PushTarget>(targets_), context_.stream.get());
   PushArguments arguments;
   arguments.rows = static_cast<const std::byte*>(request_.inputs.x.data);
   arguments.rowBytes = rowBytes_[kRows];
   arguments.scales = scalesOf(request_.inputs.scales);
   arguments.topk = topkOf(request_.inputs);
   arguments.placement = placement_;
-  arguments.head = reinterpret_cast<const std::int32_t*>(head_.get());
-  arguments.targets = reinterpret_cast<const PushTarget*>(targets.get());
+  arguments.head = routing_.heads();
+  arguments.targets = context_.perRank(targets_);
+  if (!request_.countsOnHost()) arguments.firstRows = routing_.count(map_.firstRows());
   arguments.numTokens = request_.numTokens;
   arguments.numRanks = context_.size();
   arguments.rowAlignment = rowAlignment();
-  pushRows(arguments, context_.numSms, context_.stream.get());
-  // A rank that is told of its rows finds them in its memory.
-  context_.stream.synchronize("the sending of rows");
-  for (std::size_t r = 0; r < numRanks(); ++r) {
-    const int peer = static_cast<int>(r);
-    if (peer == context_.rank()) continue;
-    const PushTarget& target = targets_[r];
-    context_.raise(kRowsPushed, peer,
-                   rowsKept(target.firstRow, request_.plan->numRows[r], target.capacity));
+  int next = 0;
+  for (const Column column : {kTopkIdx, kSourceIndex}) {
+    arguments.poison.data[next] = outputs_[column].data;
+    arguments.poison.bytes[next++] =
+        outputs_[column].data != nullptr ? plan_.numRows * rowBytes_[column] : 0;
   }
-}
-
-void RowMover::awaitRows() {
-  const TraceScope scope(context_.trace, "await rows");
-  const auto missing = [&] { return missingRows(context_, kRowsPushed, numKeptFrom_, "the rows"); };
-  context_.transport.wait([&] { return missing().ranks.empty(); }, missing);
+  arguments.order = context_.order;
+  pushRows(arguments, context_.numSms, context_.stream);
   (landing_.data != nullptr ? context_.stats.landedRows : context_.stats.straightRows) +=
       numReceived();
 }
 
-/// Moves what has landed to the outputs; own rows are there already.
+/// Moves what has landed to the outputs.
 void RowMover::copyLanded() {
   const auto self = static_cast<std::size_t>(context_.rank());
-  const std::int64_t own = plan_.firstRowFrom[self];
+  const bool known = request_.countsOnHost();
+  const std::int64_t own = known ? plan_.firstRowFrom[self] : 0;
+  const std::int64_t numOwn = known ? plan_.numKeptFrom()[self] : 0;
   for (int column = 0; column < kNumColumns; ++column) {
     if (outputs_[column].landing == nullptr) continue;
     copyRows(outputs_[column], rowBytes_[column], 0, std::min(own, numReceived()));
-    copyRows(outputs_[column], rowBytes_[column], own + numKeptFrom_[self], numReceived());
+    copyRows(outputs_[column], rowBytes_[column], own + numOwn, numReceived());
   }
+  if (exchangesCounts()) markMissing();
 }
 
 void RowMover::copyRows(const OutputColumn& output, std::int64_t rowBytes, std::int64_t begin,
@@ -277,40 +330,42 @@ void RowMover::copyRows(const OutputColumn& output, std::int64_t rowBytes, std::
   if (begin >= end) return;
   EP_CUDA_TRY(cudaMemcpyAsync(output.data + begin * rowBytes, output.landing + begin * rowBytes,
                               static_cast<std::size_t>((end - begin) * rowBytes),
-                              cudaMemcpyDeviceToDevice, context_.stream.get()),
+                              cudaMemcpyDeviceToDevice, context_.stream),
               "cannot copy rows to the output");
 }
 
-/// With num_worst_tokens, rows that nobody sent are told by their indices.
-void RowMover::markMissingRows() {
-  fill(kTopkIdx, numReceived(), 0xFF);
-  fill(kSourceIndex, numReceived(), 0xFF);
-  fill(kTopkWeights, numReceived(), 0);
-}
-
-void RowMover::fill(int column, std::int64_t from, int value) {
-  const OutputColumn& output = outputs_[column];
-  if (output.data == nullptr || from >= plan_.numRows) return;
-  EP_CUDA_TRY(cudaMemsetAsync(output.data + from * rowBytes_[column], value,
-                              static_cast<std::size_t>((plan_.numRows - from) * rowBytes_[column]),
-                              context_.stream.get()),
-              "cannot mark rows that did not come");
+/// Those that the host knows, for the handle.
+void RowMover::storeCounts() {
+  const auto ranks = static_cast<std::size_t>(context_.size());
+  const auto self = static_cast<std::size_t>(context_.rank());
+  std::vector<std::int32_t> values(static_cast<std::size_t>(map_.size()));
+  const auto set = [&](std::int64_t at, std::size_t i, std::int64_t value) {
+    values[static_cast<std::size_t>(at) + i] = static_cast<std::int32_t>(value);
+  };
+  set(map_.numRecv(), 0, plan_.numRecv);
+  for (std::size_t i = 0; i < ranks * ranks; ++i) set(map_.prefixMatrix(), i, -1);
+  for (std::size_t r = 0; r < ranks; ++r) {
+    set(map_.prefixMatrix(), r * ranks + self, plan_.firstRowFrom[r] + plan_.numRowsFrom[r]);
+    set(map_.sent(), r, request_.routing.plan->numRows[r]);
+    set(map_.firstRows(), r, targets_[r].span.firstRow);
+  }
+  for (std::size_t e = 0; e < plan_.perExpert.size(); ++e) {
+    set(map_.perExpert(), e, plan_.perExpert[e]);
+  }
+  storeValues(routing_.count(0), values.data(), map_.size(), context_.stream);
 }
 
 std::shared_ptr<const HandleState> RowMover::makeHandle() {
   auto state = describeRouting(context_, request_, plan_);
   for (const PushTarget& target : targets_) {
-    state->firstRowAt.push_back(target.firstRow);
-    state->capacityAt.push_back(target.capacity);
+    state->firstRowAt.push_back(target.span.firstRow);
+    state->capacityAt.push_back(target.span.capacity);
   }
   if (request_.cached != nullptr) return state;
-  state->headOnGpu = head_;
-  const std::int64_t ranks = context_.size();
-  // Callers may write to what the handle shows; the routing itself stays as it is.
-  state->sendHead = copyOf(head_.get(), DataType::int32, {request_.numTokens, ranks});
-  state->isTokenInRank =
-      copyOf(request_.inputs.isTokenInRank.data, DataType::boolean, {request_.numTokens, ranks});
+  state->sendHead = routing_.shownHead;
+  state->isTokenInRank = routing_.shownInRank;
   state->sourceIndex = sourceIndex_;
+  state->fields = makeFields(context_, routing_);
   return state;
 }
 

@@ -20,6 +20,13 @@ void Event::wait(Stream stream) const {
               "cannot wait for an event");
 }
 
+bool Event::passed() const {
+  const cudaError_t state = cudaEventQuery(static_cast<cudaEvent_t>(event_.get()));
+  if (state == cudaErrorNotReady) return false;
+  EP_CUDA_TRY(state, "work before an event failed on the GPU");
+  return true;
+}
+
 void Event::synchronize() const {
   EP_CUDA_TRY(cudaEventSynchronize(static_cast<cudaEvent_t>(event_.get())),
               "work before an event failed on the GPU");

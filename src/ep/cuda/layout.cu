@@ -5,6 +5,7 @@
 
 #include "cuda/device/warp.cuh"
 #include "cuda/kernels.hpp"
+#include "cuda/plan_report.hpp"
 #include "transport/cuda_check.hpp"
 
 namespace mscclpp_ep::cuda {
@@ -24,6 +25,12 @@ struct Counters {
   std::int32_t* perExpert;
 };
 
+/// One of them, if there are several.
+__device__ void noticeBadId(const CountArguments& arguments, std::int64_t place, std::int64_t id) {
+  arguments.notice->badId = id;
+  arguments.notice->badPlace = place;
+}
+
 /// Marks the ranks of a token, and counts its choices.
 template <class Index>
 __device__ void countChoices(const CountArguments& arguments, const Counters& counters,
@@ -33,7 +40,10 @@ __device__ void countChoices(const CountArguments& arguments, const Counters& co
   std::uint8_t* inRank = arguments.inRank + token * arguments.numRanks;
   for (std::int64_t k = laneIndex(); k < topk; k += kWarpSize) {
     const Index id = ids[k];
-    if (id < 0) continue;
+    if (id < 0 || id >= arguments.numExperts) {
+      if (id < -1 || id >= arguments.numExperts) noticeBadId(arguments, token * topk + k, id);
+      continue;
+    }
     atomicAdd(counters.perExpert + id, 1);
     inRank[arguments.owner[id]] = 1;
   }

@@ -25,9 +25,12 @@ namespace {
 
 Event::Event(Stream, int) { throwNoEvents(); }
 void Event::wait(Stream) const { throwNoEvents(); }
+bool Event::passed() const { throwNoEvents(); }
 void Event::synchronize() const { throwNoEvents(); }
 
 bool isCudaBuilt() { return false; }
 int cudaDeviceCount() { return 0; }
+std::vector<GpuInfo> gpus() { return {}; }
+CudaVersions cudaVersions() { return {}; }
 
 }  // namespace mscclpp_ep

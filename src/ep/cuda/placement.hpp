@@ -2,8 +2,7 @@
 #ifndef MSCCLPP_EP_CUDA_PLACEMENT_HPP_
 #define MSCCLPP_EP_CUDA_PLACEMENT_HPP_
 
-#include <memory>
-#include <span>
+#include <map>
 #include <vector>
 
 #include "core/layout.hpp"
@@ -12,32 +11,29 @@
 
 namespace mscclpp_ep::cuda {
 
-/// The placement of experts, on the GPU. Of one buffer it depends on their number only, and is
-/// copied there when that has changed.
-class DevicePlacement {
+/// The placements of experts, on the GPU. Of one buffer they depend on the number of experts only.
+/// None is dropped: a graph may refer to it.
+class DevicePlacements {
  public:
-  PlacementArrays get(const ExpertPlacement& placement, DevicePool& pool, cudaStream_t stream) {
-    if (numExperts_ != placement.numExperts()) upload(placement, pool, stream);
-    return {reinterpret_cast<const std::int32_t*>(owner_.get()),
-            reinterpret_cast<const std::int32_t*>(localIndex_.get())};
+  PlacementArrays get(const ExpertPlacement& placement, cudaStream_t stream) {
+    const std::int64_t experts = placement.numExperts();
+    const auto [at, isNew] = arrays_.try_emplace(experts, static_cast<std::size_t>(2 * experts));
+    if (isNew) store(placement, at->second, stream);
+    return {experts, at->second.get(), at->second.get() + experts};
   }
 
  private:
-  void upload(const ExpertPlacement& placement, DevicePool& pool, cudaStream_t stream) {
-    std::vector<std::int32_t> owner;
-    std::vector<std::int32_t> localIndex;
+  static void store(const ExpertPlacement& placement, const DeviceArray<std::int32_t>& array,
+                    cudaStream_t stream) {
+    std::vector<std::int32_t> values;
+    for (std::int64_t e = 0; e < placement.numExperts(); ++e) values.push_back(placement.owner(e));
     for (std::int64_t e = 0; e < placement.numExperts(); ++e) {
-      owner.push_back(placement.owner(e));
-      localIndex.push_back(placement.localIndex(e));
+      values.push_back(placement.localIndex(e));
     }
-    owner_ = pool.upload(std::span<const std::int32_t>(owner), stream);
-    localIndex_ = pool.upload(std::span<const std::int32_t>(localIndex), stream);
-    numExperts_ = placement.numExperts();
+    storeValues(array.get(), values.data(), static_cast<std::int64_t>(values.size()), stream);
   }
 
-  std::int64_t numExperts_ = -1;
-  std::shared_ptr<std::byte> owner_;
-  std::shared_ptr<std::byte> localIndex_;
+  std::map<std::int64_t, DeviceArray<std::int32_t>> arrays_;
 };
 
 }  // namespace mscclpp_ep::cuda

@@ -1,75 +1,99 @@
 // SPDX-License-Identifier: MIT
 #include "cuda/resources.hpp"
 
+#include <algorithm>
+#include <iterator>
+#include <list>
+#include <map>
+#include <mutex>
+
 #include "core/memory_map.hpp"
 
 namespace mscclpp_ep::cuda {
 
-/// Blocks by size: those that are free, and those that the GPU may still use.
+void* takeDeviceMemory(std::size_t bytes) {
+  // A graph that is captured, by any thread, forbids what might wait for the GPU; this does not.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  EP_CUDA_TRY(cudaThreadExchangeStreamCaptureMode(&mode), "cannot take GPU memory");
+  void* data = nullptr;
+  const cudaError_t taken = cudaMalloc(&data, std::max<std::size_t>(bytes, 1));
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  if (taken == cudaErrorMemoryAllocation) {
+    (void)cudaGetLastError();
+    throw SystemError(
+        cat("the operation needs ", bytes, " bytes of GPU memory, and there are not so many"));
+  }
+  EP_CUDA_TRY(taken, "cannot take ", bytes, " bytes of GPU memory");
+  return data;
+}
+
+/// Blocks by size.
 struct DevicePool::Shelves {
+  struct Block {
+    std::size_t size;
+    std::byte* data;
+  };
+  /// Blocks that were dropped, and are not free yet.
+  struct Batch {
+    std::unique_ptr<Fence> fence;
+    std::vector<Block> blocks;
+  };
+
   ~Shelves() {
-    for (const auto* blocks : {&settled, &dropped}) {
-      for (const auto& block : *blocks) (void)cudaFree(block.second);
+    for (const auto& [size, data] : free) (void)cudaFree(data);
+    for (const Block& block : dropped) (void)cudaFree(block.data);
+    for (const Batch& batch : batches) {
+      for (const Block& block : batch.blocks) (void)cudaFree(block.data);
     }
   }
 
   std::byte* take(std::size_t size) {
-    const std::lock_guard lock(mutex);
-    const auto found = settled.find(size);
-    if (found == settled.end()) return nullptr;
+    const auto found = free.find(size);
+    if (found == free.end()) return nullptr;
     std::byte* data = found->second;
-    settled.erase(found);
+    free.erase(found);
     return data;
   }
 
-  /// True if there is a dropped block of a size.
-  bool hasDropped(std::size_t size) {
-    const std::lock_guard lock(mutex);
-    return dropped.contains(size);
-  }
-
-  /// Waits for the GPU without the lock, which callers may want in order to drop more.
-  void settleDropped() {
-    std::multimap<std::size_t, std::byte*> waiting;
-    {
-      const std::lock_guard lock(mutex);
-      waiting.swap(dropped);
+  /// Frees what nobody uses any more.
+  void collect(const MakeFence& makeFence) {
+    if (!dropped.empty()) {
+      if (auto fence = makeFence()) batches.push_back({std::move(fence), std::exchange(dropped, {})});
     }
-    settle();
-    const std::lock_guard lock(mutex);
-    settled.merge(waiting);
+    for (auto batch = batches.begin(); batch != batches.end();) {
+      const bool passed = batch->fence->passed();
+      if (passed) {
+        for (const Block& block : batch->blocks) free.emplace(block.size, block.data);
+      }
+      batch = passed ? batches.erase(batch) : std::next(batch);
+    }
   }
 
   mutable std::mutex mutex;
-  std::multimap<std::size_t, std::byte*> settled;
-  std::multimap<std::size_t, std::byte*> dropped;
+  std::multimap<std::size_t, std::byte*> free;
+  std::vector<Block> dropped;
+  std::list<Batch> batches;
   std::int64_t bytes = 0;
 };
 
-DevicePool::DevicePool() : shelves_(std::make_shared<Shelves>()) {}
+DevicePool::DevicePool(MakeFence makeFence)
+    : shelves_(std::make_shared<Shelves>()), makeFence_(std::move(makeFence)) {}
 
 std::shared_ptr<std::byte> DevicePool::allocate(std::size_t bytes) {
   const std::size_t size = blockBytes(std::max<std::size_t>(bytes, 1));
+  const std::lock_guard lock(shelves_->mutex);
   std::byte* data = shelves_->take(size);
-  if (data == nullptr && shelves_->hasDropped(size)) {
-    shelves_->settleDropped();
+  if (data == nullptr) {
+    shelves_->collect(makeFence_);
     data = shelves_->take(size);
   }
   if (data == nullptr) {
-    void* fresh = nullptr;
-    if (cudaMalloc(&fresh, size) != cudaSuccess) {
-      (void)cudaGetLastError();
-      throw SystemError(cat("the operation needs ", size,
-                            " bytes of GPU memory, and there are not "
-                            "so many"));
-    }
-    data = static_cast<std::byte*>(fresh);
-    const std::lock_guard lock(shelves_->mutex);
+    data = static_cast<std::byte*>(takeDeviceMemory(size));
     shelves_->bytes += static_cast<std::int64_t>(size);
   }
   return {data, [shelves = shelves_, size](std::byte* block) {
-            const std::lock_guard lock(shelves->mutex);
-            shelves->dropped.emplace(size, block);
+            const std::lock_guard held(shelves->mutex);
+            shelves->dropped.push_back({size, block});
           }};
 }
 

@@ -5,56 +5,70 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
-#include <mutex>
-#include <span>
+#include <utility>
 #include <vector>
 
+#include "host/arena.hpp"
 #include "transport/cuda_check.hpp"
 
 namespace mscclpp_ep::cuda {
 
-/// A stream that does not wait for the default one.
+/// A stream that does not wait for the default one, of the highest priority: what a kernel of it
+/// sends, others wait for.
 class OwnedStream {
  public:
   OwnedStream() {
-    EP_CUDA_TRY(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cannot make a stream");
+    int least = 0;
+    int greatest = 0;
+    EP_CUDA_TRY(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cannot make a stream");
+    EP_CUDA_TRY(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest),
+                "cannot make a stream");
   }
   ~OwnedStream() { (void)cudaStreamDestroy(stream_); }
   OwnedStream(const OwnedStream&) = delete;
   OwnedStream& operator=(const OwnedStream&) = delete;
 
   cudaStream_t get() const { return stream_; }
-  /// Waits on the host for what is enqueued.
-  void synchronize(const char* what) const {
-    EP_CUDA_TRY(cudaStreamSynchronize(stream_), what, " failed on the GPU");
-  }
 
  private:
   cudaStream_t stream_ = nullptr;
+};
+
+/// Memory of the current GPU. Throws SystemError if there is not so much.
+void* takeDeviceMemory(std::size_t bytes);
+
+/// An array in the memory of the current GPU.
+template <typename T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(std::size_t count)
+      : data_(static_cast<T*>(takeDeviceMemory(count * sizeof(T)))) {}
+  ~DeviceArray() { (void)cudaFree(data_); }
+  DeviceArray(const DeviceArray&) = delete;
+  DeviceArray& operator=(const DeviceArray&) = delete;
+
+  T* get() const { return data_; }
+  /// The first elements; returns when they are there.
+  void write(const std::vector<T>& values) const {
+    EP_CUDA_TRY(
+        cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
+        "cannot write to the memory of the GPU");
+  }
+
+ private:
+  T* data_ = nullptr;
 };
 
 /// GPU memory that peers do not reach, kept for reuse when its user lets go of it: cudaMalloc and
 /// cudaFree wait for the GPU.
 class DevicePool {
  public:
-  DevicePool();
+  explicit DevicePool(MakeFence makeFence);
 
-  /// At least `bytes`, aligned to 256. It may outlive the pool, and any thread may drop it. What
-  /// was dropped is given out again once the GPU has done all work that was enqueued by then.
+  /// At least `bytes`, aligned to 256. It may outlive the pool, and any thread may drop it.
   /// Throws SystemError if there is not enough memory.
   std::shared_ptr<std::byte> allocate(std::size_t bytes);
-  /// A copy of host memory, enqueued; `values` may be dropped at once.
-  template <typename T>
-  std::shared_ptr<std::byte> upload(std::span<const T> values, cudaStream_t stream) {
-    auto block = allocate(values.size_bytes());
-    // From pageable memory the copy is staged before the call returns.
-    EP_CUDA_TRY(cudaMemcpyAsync(block.get(), values.data(), values.size_bytes(),
-                                cudaMemcpyHostToDevice, stream),
-                "cannot copy to the GPU");
-    return block;
-  }
 
   /// In use or kept.
   std::int64_t bytes() const;
@@ -62,13 +76,8 @@ class DevicePool {
  private:
   struct Shelves;
   std::shared_ptr<Shelves> shelves_;
+  MakeFence makeFence_;
 };
-
-/// Waits until the current GPU has done all that was enqueued in this process: whatever stream a
-/// caller used memory on that he has dropped since, it is free then.
-inline void settle() {
-  EP_CUDA_TRY(cudaDeviceSynchronize(), "work that was enqueued before failed on the GPU");
-}
 
 }  // namespace mscclpp_ep::cuda
 

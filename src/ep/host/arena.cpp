@@ -2,6 +2,8 @@
 #include "host/arena.hpp"
 
 #include <algorithm>
+#include <iterator>
+#include <utility>
 
 #include "core/check.hpp"
 #include "core/memory_map.hpp"
@@ -16,21 +18,32 @@ constexpr std::size_t kSmallestSegment = std::size_t{4} << 20;
 }  // namespace
 
 Arena::Arena(Transport& transport, std::size_t initialBytes, std::size_t maxBytes,
-             std::function<void()> settle)
+             MakeFence makeFence)
     : transport_(transport),
       maxBytes_(maxBytes),
-      settle_(std::move(settle)),
+      makeFence_(std::move(makeFence)),
       returned_(std::make_shared<Returned>()) {
   if (initialBytes > 0) grow(std::min(initialBytes, maxBytes));
 }
 
 void Arena::takeReturned() {
-  std::vector<BlockRange> blocks;
   {
     const std::lock_guard lock(returned_->mutex);
-    blocks.swap(returned_->blocks);
+    if (!returned_->blocks.empty()) {
+      auto fence = makeFence_ ? makeFence_() : nullptr;
+      if (fence != nullptr || !makeFence_) {
+        batches_.push_back({std::move(fence), std::exchange(returned_->blocks, {})});
+      }
+    }
   }
-  if (settle_ && !blocks.empty()) settle_();
+  for (auto batch = batches_.begin(); batch != batches_.end();) {
+    const bool free = batch->fence == nullptr || batch->fence->passed();
+    if (free) release(batch->blocks);
+    batch = free ? batches_.erase(batch) : std::next(batch);
+  }
+}
+
+void Arena::release(const std::vector<BlockRange>& blocks) {
   for (const BlockRange& block : blocks) {
     const bool kept = std::any_of(quarantined_.begin(), quarantined_.end(), [&](const auto& at) {
       return at.segment == block.segment && at.offset >= block.offset &&
@@ -106,7 +119,11 @@ ArenaBlock Arena::landing(std::size_t bytes) {
       throw SystemError(cat("the operation needs ", wanted, " bytes of memory, and only ",
                             transport_.shareableBytes(), " are available"));
     }
-    if (landing_.bytes > 0) transport_.unshare(landing_.id);
+    if (keepsLanding_) {
+      keptLandings_.push_back(std::exchange(landing_, {}));
+    } else if (landing_.bytes > 0) {
+      transport_.unshare(landing_.id);
+    }
     landing_ = SharedBlock();
     landing_ = transport_.share(wanted);
   }

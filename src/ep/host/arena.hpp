@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -24,14 +25,27 @@ struct ArenaBlock {
   ArrayAddress address;
 };
 
+/// What has to pass before memory that was dropped may be used again.
+class Fence {
+ public:
+  Fence() = default;
+  Fence(const Fence&) = delete;
+  Fence& operator=(const Fence&) = delete;
+  virtual ~Fence() = default;
+  /// True if it has passed, or will have before the next user of the memory gets to it.
+  virtual bool passed() = 0;
+};
+
+/// Makes a fence behind all that uses memory now; null if that cannot be told now.
+using MakeFence = std::function<std::unique_ptr<Fence>()>;
+
 /// The memory of a rank in which its results live while the user holds them, and into which peers
 /// write. It grows by segments up to a limit and never shrinks.
 class Arena {
  public:
-  /// `settle`, if given, is called before blocks that were dropped are given out again: it waits
-  /// until nothing uses memory any more that had been dropped when it was called.
+  /// Without `makeFence`, blocks that were dropped are used by nobody.
   Arena(Transport& transport, std::size_t initialBytes, std::size_t maxBytes,
-        std::function<void()> settle = {});
+        MakeFence makeFence = {});
 
   /// A block, of a new segment if none is free. Nothing if the limit, the machine's memory or
   /// freeze() forbid that. Any thread may drop a block, which may outlive the arena.
@@ -48,7 +62,9 @@ class Arena {
   /// Never gives out again the block that holds `data`, if any does: a rank that has failed may
   /// still write to it.
   void quarantine(const void* data);
-  /// Likewise for the landing block: the next one is another.
+  /// From now on peers can use every landing block, also when it has been replaced by a larger one.
+  void keepLanding() { keepsLanding_ = true; }
+  /// As quarantine(), for the landing block: the next one is another.
   void abandonLanding() { landing_ = SharedBlock(); }
 
   /// Tells how much an operation would take if it found no block: the landing block will have at
@@ -70,20 +86,30 @@ class Arena {
     std::vector<BlockRange> blocks;
   };
 
+  /// Blocks that were dropped, and are not free yet.
+  struct Batch {
+    std::unique_ptr<Fence> fence;  ///< null: none is needed
+    std::vector<BlockRange> blocks;
+  };
+
   void takeReturned();
+  void release(const std::vector<BlockRange>& blocks);
   bool grow(std::size_t bytes);
   ArenaBlock wrap(const BlockRange& range);
 
   Transport& transport_;
   const std::size_t maxBytes_;
-  const std::function<void()> settle_;
+  const MakeFence makeFence_;
   bool frozen_ = false;
   std::size_t largestOperation_ = 0;
   BlockAllocator allocator_;
   std::map<std::uint32_t, SharedBlock> segments_;
   std::size_t segmentBytes_ = 0;
   SharedBlock landing_;
+  bool keepsLanding_ = false;
+  std::vector<SharedBlock> keptLandings_;
   std::shared_ptr<Returned> returned_;
+  std::list<Batch> batches_;
   std::vector<ArrayAddress> quarantined_;
 };
 

@@ -28,11 +28,11 @@ struct HostPending final : PendingState {
 
 HostBackend::HostBackend(std::unique_ptr<Transport> transport, std::unique_ptr<Trace> trace,
                          const BufferOptions& options, std::size_t initialArenaBytes,
-                         std::uint64_t bufferId, std::function<void()> settle)
+                         std::uint64_t bufferId, MakeFence makeFence)
     : transport_(std::move(transport)),
       mailbox_(*transport_, Lane::highThroughput, options.firstEpoch),
       arena_(*transport_, initialArenaBytes, static_cast<std::size_t>(options.maxArenaBytes),
-             std::move(settle)),
+             std::move(makeFence)),
       trace_(std::move(trace)),
       context_{*transport_,
                mailbox_,
@@ -50,6 +50,7 @@ HostBackend::HostBackend(std::unique_ptr<Transport> transport, std::unique_ptr<T
 void HostBackend::fail(std::string why) {
   failure_ = std::move(why);
   transport_->giveUp();
+  abort();
 }
 
 void HostBackend::enter(Mode mode, const char* operation, std::uint64_t epoch) {
@@ -72,9 +73,16 @@ void HostBackend::refuseChild() const {
 }
 
 /// After a failure a slow peer may still write to any block that was published to it.
-void HostBackend::requireUsable() const {
+void HostBackend::requireUsable() {
   refuseChild();
-  if (failure_.empty()) return;
+  if (failure_.empty()) {
+    try {
+      return notice();
+    } catch (const Error& error) {
+      fail(error.what());
+      throw;
+    }
+  }
   throw PeerFailure(cat("the buffer failed before and can only be destroyed: ", failure_));
 }
 
@@ -148,7 +156,7 @@ void HostBackend::refuse(Operation operation, std::string_view why) {
   });
 }
 
-Tensor HostBackend::allocate(std::size_t bytes, MemoryKind kind) {
+Tensor HostBackend::allocate(std::size_t bytes, MemoryKind kind, Stream stream) {
   requireUsable();
   Tensor tensor;
   if (kind == MemoryKind::arena) {
@@ -159,7 +167,7 @@ Tensor HostBackend::allocate(std::size_t bytes, MemoryKind kind) {
       return tensor;
     }
   }
-  auto block = allocateOrdinary(bytes);
+  auto block = allocateOrdinary(bytes, stream);
   tensor.view.data = block.get();
   tensor.owner = std::move(block);
   return tensor;
@@ -199,6 +207,8 @@ void HostBackend::destroy() {
       abandonRows(context_, Verdict::rejected, "it destroyed its buffer before it had finished");
     });
   }
+  requireUsable();
+  settle();
   transport_->leave();
 }
 

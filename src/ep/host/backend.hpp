@@ -23,14 +23,20 @@ namespace mscclpp_ep {
 class HostBackend : public Backend, public std::enable_shared_from_this<HostBackend> {
  public:
   void beginCall(const CallOptions&) override {}
+  void endCall(const CallOptions&) override {}
   std::unique_ptr<PendingState> beginDispatch(DispatchRequest request) final;
   DispatchHandle finishDispatch(PendingState& pending, const DispatchOutputs& outputs) final;
   void abandonDispatch(PendingState& pending, std::string_view why) final;
   void combine(const CombineRequest& request) final;
   void refuse(Operation operation, std::string_view why) override;
 
-  Tensor allocate(std::size_t bytes, MemoryKind kind) final;
-  void check() final;
+  Tensor allocate(std::size_t bytes, MemoryKind kind, Stream stream) override;
+  std::vector<std::int64_t> readCounts(const HandleState&) override { return {}; }
+  std::vector<double> timePush(std::size_t, int, int) override {
+    throw NotBuilt("the time of a push is measured on GPUs only");
+  }
+  void recordStream(Stream) override {}
+  void check() override;
   bool masked(int rank) const final { return transport_->masked(rank); }
   void setMask(int rank, bool masked) override;
   void freeze() final;
@@ -40,16 +46,23 @@ class HostBackend : public Backend, public std::enable_shared_from_this<HostBack
  protected:
   HostBackend(std::unique_ptr<Transport> transport, std::unique_ptr<Trace> trace,
               const BufferOptions& options, std::size_t initialArenaBytes, std::uint64_t bufferId,
-              std::function<void()> settle = {});
+              MakeFence makeFence = {});
 
   /// The second half of a dispatch: publishes where rows go, sends and receives them.
   virtual std::shared_ptr<const HandleState> moveRows(const DispatchRequest& request,
                                                       const DispatchPlan& plan,
                                                       const DispatchOutputs& outputs) = 0;
   virtual void combineRows(const CombineRequest& request) = 0;
-  /// Ordinary memory, that peers do not reach, recycled.
-  virtual std::shared_ptr<std::byte> allocateOrdinary(std::size_t bytes) = 0;
+  /// Ordinary memory, that peers do not reach, recycled, as allocate() says.
+  virtual std::shared_ptr<std::byte> allocateOrdinary(std::size_t bytes, Stream stream) = 0;
   virtual std::int64_t ordinaryBytes() = 0;
+
+  /// Throws what went wrong behind the host's back since it looked last.
+  virtual void notice() {}
+  /// Ends waits that are behind the host's back: the buffer has failed.
+  virtual void abort() noexcept {}
+  /// Waits, within the timeout, until nothing is done any more behind the host's back.
+  virtual void settle() {}
 
   /// Runs one step of an operation. An error that every rank sees alike passes; any other ends the
   /// buffer, and the peers are told.
@@ -60,8 +73,9 @@ class HostBackend : public Backend, public std::enable_shared_from_this<HostBack
   enum class Mode : std::uint32_t { highThroughput = 1, lowLatency = 2 };
   void enter(Mode mode, const char* operation, std::uint64_t epoch);
 
+  void beginEpoch(const char* operation);
   void refuseChild() const;
-  void requireUsable() const;
+  void requireUsable();
   void requireNoDispatch() const;
 
   std::unique_ptr<Transport> transport_;
@@ -70,6 +84,7 @@ class HostBackend : public Backend, public std::enable_shared_from_this<HostBack
   std::unique_ptr<Trace> trace_;
   BufferStats stats_;
   HostContext context_;
+  bool begun_ = false;  ///< a dispatch is between its two calls
 
  private:
   friend struct HostPending;
@@ -83,12 +98,10 @@ class HostBackend : public Backend, public std::enable_shared_from_this<HostBack
   };
 
   void fail(std::string why);
-  void beginEpoch(const char* operation);
   void reportDropped(const DispatchPlan& plan);
 
   std::uint64_t nextEpoch_;
   const pid_t process_;
-  bool begun_ = false;   ///< a dispatch is between its two calls
   std::string failure_;  ///< why the buffer can only be destroyed; empty if it can be used
   std::string dropped_;  ///< for the next check()
 };

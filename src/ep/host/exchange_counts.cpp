@@ -14,9 +14,9 @@ namespace {
 std::vector<std::vector<std::int32_t>> countsByRank(const HostContext& context,
                                                     const DispatchRequest& request) {
   std::vector<std::vector<std::int32_t>> counts(static_cast<std::size_t>(context.size()));
-  if (request.cached != nullptr) return counts;
+  if (request.cached != nullptr || !request.countsOnHost()) return counts;
   for (int r = 0; r < context.size(); ++r) {
-    counts[static_cast<std::size_t>(r)] = request.placement->localPart(r, request.perExpert);
+    counts[static_cast<std::size_t>(r)] = request.placement->localPart(r, request.routing.perExpert);
   }
   return counts;
 }
@@ -76,7 +76,7 @@ DispatchPlan exchangeCounts(HostContext& context, const DispatchRequest& request
   for (std::size_t r = 0; r < counts.size(); ++r) {
     DispatchEntry entry;
     entry.signature = request.signature;
-    entry.numRows = request.plan->numRows[r];
+    entry.numRows = request.countsOnHost() ? request.routing.plan->numRows[r] : 0;
     entry.numCounts = static_cast<std::int64_t>(counts[r].size());
     outgoing.push_back(inEntry ? encode(entry, counts[r]) : encode(entry));
   }
@@ -88,7 +88,9 @@ DispatchPlan exchangeCounts(HostContext& context, const DispatchRequest& request
     const Message& message = entries[r];
     // Where routing is repeated rows keep their places: also those of a rank that is masked, and
     // one that was masked has none.
-    if (request.cached != nullptr) {
+    if (!request.countsOnHost()) {
+      plan.numRowsFrom.push_back(0);
+    } else if (request.cached != nullptr) {
       plan.numRowsFrom.push_back(request.cached->numRowsFrom[r]);
     } else {
       plan.numRowsFrom.push_back(message.empty() ? 0 : rowsOf(message, r));
@@ -146,8 +148,10 @@ std::shared_ptr<HandleState> describeRouting(const HostContext& context,
   state->topk = request.signature.topk;
   state->numExperts = request.signature.numExperts;
   state->opaqueRows = isOpaque(request.inputs.x.dtype);
-  state->plan = request.plan;
+  state->plan = request.routing.plan;
+  state->onGpu = request.routing.onGpu;
   state->numRows = plan.numRows;
+  if (!request.countsOnHost()) return state;
   state->firstRowFrom = plan.firstRowFrom;
   state->numRowsFrom = plan.numRowsFrom;
   state->perExpert = plan.perExpert;

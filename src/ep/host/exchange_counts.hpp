@@ -11,7 +11,8 @@
 
 namespace mscclpp_ep {
 
-/// What a rank knows between the two calls of a dispatch.
+/// What a rank knows between the two calls of a dispatch; if counts are not on the host, `numRows`
+/// only.
 struct DispatchPlan {
   std::vector<std::int64_t> numRowsFrom;   ///< [R]
   std::vector<std::int64_t> firstRowFrom;  ///< [R]

@@ -3,8 +3,11 @@
 
 #include <cuda.h>
 
+#include <atomic>
 #include <bit>
 #include <limits>
+#include <map>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -99,18 +102,61 @@ class Allocation {
   CUmemGenericAllocationHandle handle_;
 };
 
-/// Waits until the GPU of this rank uses the memory no more. Whatever fails, it fails at the end of
-/// the process, when the driver has gone.
-void unmap(int device, std::byte* data, std::size_t bytes) {
-  int before = 0;
-  (void)cudaGetDevice(&before);
-  (void)cudaSetDevice(device);
-  (void)cudaDeviceSynchronize();
-  (void)cudaSetDevice(before);
-  const auto address = reinterpret_cast<CUdeviceptr>(data);
-  driver().cuMemUnmap(address, bytes);
-  driver().cuMemAddressFree(address, bytes);
-}
+/// The ranks of this process that share the memory of a GPU, and mappings there that nobody wants
+/// any more. These can be undone when the GPU does not use them, for which one has to wait; but
+/// where several ranks share the GPU, kernels of one may wait for another, whose thread this is.
+class Residents {
+ public:
+  static Residents& of(int device) {
+    static std::mutex mutex;
+    // Never destroyed: tensors may be dropped at the very end of the process.
+    static auto& all = *new std::map<int, Residents>;
+    const std::lock_guard lock(mutex);
+    return all[device];
+  }
+
+  void join() { ++count_; }
+  void leave(int device) {
+    --count_;
+    undo(device);
+  }
+  int count() const { return count_; }
+
+  void drop(int device, std::byte* data, std::size_t bytes) {
+    {
+      const std::lock_guard lock(mutex_);
+      dropped_.push_back({data, bytes});
+    }
+    undo(device);
+  }
+
+ private:
+  struct Mapping {
+    std::byte* data;
+    std::size_t bytes;
+  };
+
+  /// Whatever fails, it fails at the end of the process, when the driver has gone.
+  void undo(int device) {
+    if (count_ > 1) return;
+    const std::lock_guard lock(mutex_);
+    if (dropped_.empty()) return;
+    int before = 0;
+    (void)cudaGetDevice(&before);
+    (void)cudaSetDevice(device);
+    (void)cudaDeviceSynchronize();
+    (void)cudaSetDevice(before);
+    for (const Mapping& mapping : std::exchange(dropped_, {})) {
+      const auto address = reinterpret_cast<CUdeviceptr>(mapping.data);
+      driver().cuMemUnmap(address, mapping.bytes);
+      driver().cuMemAddressFree(address, mapping.bytes);
+    }
+  }
+
+  std::atomic<int> count_{0};
+  std::mutex mutex_;
+  std::vector<Mapping> dropped_;
+};
 
 /// Addresses until they are given to a Segment.
 struct Reservation {
@@ -129,11 +175,7 @@ struct Reservation {
 class CudaSegments final : public SegmentSource {
  public:
   explicit CudaSegments(int device) : device_(device) {
-    int shareable = 0;
-    check(driver().cuDeviceGetAttribute(
-              &shareable, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, device),
-          "cannot tell what GPU ", device, " can do");
-    if (shareable == 0) {
+    if (!sharesByDescriptor(device)) {
       throw NotBuilt(
           cat("GPU ", device, " cannot share memory by file descriptors, which the library needs"));
     }
@@ -141,7 +183,9 @@ class CudaSegments final : public SegmentSource {
     check(driver().cuMemGetAllocationGranularity(&granularity_, &wanted,
                                                  CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
           "cannot tell the page size of GPU ", device);
+    Residents::of(device).join();
   }
+  ~CudaSegments() override { Residents::of(device_).leave(device_); }
 
   std::int64_t available() const override {
     const CurrentDevice current(device_);
@@ -215,7 +259,9 @@ class CudaSegments final : public SegmentSource {
           device_, " cannot reach memory of another rank's GPU; see nvidia-smi topo -p2p rw");
     return std::make_shared<Segment>(
         std::move(fd), place.release(), bytes,
-        [device = device_](std::byte* data, std::size_t size) { unmap(device, data, size); });
+        [device = device_](std::byte* data, std::size_t size) {
+          Residents::of(device).drop(device, data, size);
+        });
   }
 
   const int device_;
@@ -223,6 +269,16 @@ class CudaSegments final : public SegmentSource {
 };
 
 }  // namespace
+
+bool sharesByDescriptor(int device) {
+  int shareable = 0;
+  check(driver().cuDeviceGetAttribute(
+            &shareable, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, device),
+        "cannot tell what GPU ", device, " can do");
+  return shareable != 0;
+}
+
+int ranksOnDevice(int device) { return Residents::of(device).count(); }
 
 std::shared_ptr<const SegmentSource> cudaSegments(int device) {
   const CurrentDevice current(device);

@@ -15,6 +15,12 @@ namespace mscclpp_ep {
 /// memory in this way, CudaError if something fails.
 std::shared_ptr<const SegmentSource> cudaSegments(int device);
 
+/// Ranks of this process that share the memory of a GPU.
+int ranksOnDevice(int device);
+
+/// Whether a GPU's memory can be shared in this way.
+bool sharesByDescriptor(int device);
+
 }  // namespace mscclpp_ep
 
 #endif  // MSCCLPP_EP_TRANSPORT_CUDA_MEMORY_HPP_

@@ -62,7 +62,14 @@ struct Arguments {
   };
   DispatchOptions dispatchOptions;
 
-  DispatchRequest validate() const { return validateDispatch(facts, inputs, dispatchOptions); }
+  DispatchRequest validate() const {
+    DispatchRequest request = validateDispatch(facts, inputs, dispatchOptions);
+    request.placement = std::make_shared<ExpertPlacement>(request.signature.numExperts, kRanks,
+                                                          options.expertMap);
+    request.routing = readRouting(inputs, *request.placement);
+    checkCounts(request.routing);
+    return request;
+  }
 };
 
 std::string dispatchMessage(const std::function<void(Arguments&)>& change) {
@@ -75,8 +82,8 @@ TEST_CASE("sound arguments of a dispatch become a request") {
   const Arguments arguments;
   const DispatchRequest request = arguments.validate();
   CHECK(request.numTokens == kTokens);
-  CHECK(request.plan->numRows == std::vector<std::int64_t>{1, 1});
-  CHECK(request.plan->head == std::vector<std::int32_t>{0, -1, -1, 0, -1, -1});
+  CHECK(request.routing.plan->numRows == std::vector<std::int64_t>{1, 1});
+  CHECK(request.routing.plan->head == std::vector<std::int32_t>{0, -1, -1, 0, -1, -1});
   CHECK(request.signature.operation == static_cast<std::uint32_t>(Operation::dispatch));
   CHECK(request.signature.hidden == kHidden);
   CHECK(request.signature.numScales == 5);
@@ -99,6 +106,7 @@ TEST_CASE("what may be left out, and zero tokens") {
   none.inputs.topkWeights = makeView(nullptr, DataType::float32, {0, 9});
   none.inputs.isTokenInRank = makeView(nullptr, DataType::boolean, {0, kRanks});
   none.perRank = {0, 0};
+  none.perExpert = {0, 0, 0, 0};
   none.inputs.numTokensPerRank.data = none.perRank.data();
   CHECK_NOTHROW(none.validate());
 }
@@ -169,26 +177,17 @@ TEST_CASE("is_token_in_rank and the counts that go with it") {
             {"num_experts is 0", "at least 1"});
 }
 
-std::string countsMessage(const std::function<void(Arguments&)>& change) {
-  Arguments arguments;
-  change(arguments);
-  DispatchRequest request = arguments.validate();
-  request.placement =
-      std::make_shared<ExpertPlacement>(kExperts, kRanks, arguments.options.expertMap);
-  return messageOf([&] { validateExpertCounts(request); });
-}
-
 TEST_CASE("counts per expert are those of the choices that are sent") {
-  CHECK(countsMessage([](Arguments&) {}) == "nothing was thrown");
-  checkSays(countsMessage([](Arguments& a) { a.perExpert[3] = 2; }),
+  CHECK(dispatchMessage([](Arguments&) {}) == "nothing was thrown");
+  checkSays(dispatchMessage([](Arguments& a) { a.perExpert[3] = 2; }),
             {"num_tokens_per_expert[3] is 2", "send 0 choices to expert 3"});
   // A choice whose rank the token does not go to is not sent.
-  checkSays(countsMessage([](Arguments& a) { a.ids[2] = 0; }), {"num_tokens_per_expert[2] is 1"});
-  CHECK(countsMessage([](Arguments& a) {
+  checkSays(dispatchMessage([](Arguments& a) { a.ids[2] = 0; }), {"num_tokens_per_expert[2] is 1"});
+  CHECK(dispatchMessage([](Arguments& a) {
           a.ids[2] = 0;
           a.perExpert[2] = 0;
         }) == "nothing was thrown");
-  CHECK(countsMessage([](Arguments& a) {
+  CHECK(dispatchMessage([](Arguments& a) {
           a.inputs.topkIdx = a.inputs.topkWeights = {};
           a.perExpert = {5, 6, 7, 8};
         }) == "nothing was thrown");

@@ -200,6 +200,7 @@ class Rank {
     DispatchRequest request = cached ? validateCachedDispatch(facts(), inputs, cached)
                                      : validateDispatch(facts(), inputs, how);
     request.placement = placement_;
+    if (request.cached == nullptr) request.routing = readRouting(inputs, *placement_);
     const DispatchPlan plan = exchangeCounts(context, request);
     const Array x = array(inArena, DataType::bfloat16, {plan.numRows, kHidden});
     DispatchOutputs outputs;

@@ -30,6 +30,11 @@ def test_ranks_take_turns_at_mistakes(ranks, seed):
     ranks.check(errors.refused_over_and_over, seed)
 
 
+@pytest.mark.gpu_only
+def test_mistakes_are_noticed_later(ranks, seed):
+    ranks.check(errors.noticed_later, seed)
+
+
 @few
 @pytest.mark.parametrize("destroyed", [False, True], ids=["alive", "destroyed"])
 @pytest.mark.parametrize("call", ["cached", "combine"])

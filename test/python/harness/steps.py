@@ -181,16 +181,21 @@ def combine_rows(context, buffer, world: World, turn: int = 0):
     return tensor
 
 
-def combine(context, buffer, world: World, handle, turn: int = 0, rows=None, **extra) -> tuple:
+def combine_arguments(context, buffer, world: World, turn: int = 0, rows=None) -> tuple:
+    """The rows, and the arguments by name."""
     array, case = context.backend.array, world.case
-    arguments = dict(extra)
+    arguments = {}
     if case.weights and case.with_topk:
         arguments["topk_weights"] = array(world.output_weights(turn)[context.rank])
     biases = tuple(array(b) for b in world.biases(context.rank, turn))
     if biases:
         arguments["bias"] = biases if len(biases) == 2 else biases[0]
-    rows = combine_rows(context, buffer, world, turn) if rows is None else rows
-    return buffer.combine(rows, handle, **arguments)
+    return combine_rows(context, buffer, world, turn) if rows is None else rows, arguments
+
+
+def combine(context, buffer, world: World, handle, turn: int = 0, rows=None, **extra) -> tuple:
+    rows, arguments = combine_arguments(context, buffer, world, turn, rows)
+    return buffer.combine(rows, handle, **arguments, **extra)
 
 
 def verify_combine(context, world: World, returned: tuple, turn: int = 0) -> None:

@@ -8,11 +8,14 @@
 #include <cstdint>
 
 #include "core/numeric.hpp"
+#include "cuda/device/ptx.cuh"
 #include "cuda/device/warp.cuh"
 
 namespace mscclpp_ep::cuda {
 
-// Element types, by the bits of an element.
+// Element types, by the bits of an element. The GPU's own conversions give what
+// core/numeric.hpp does, for every input: they round to nearest even, also to denormals, and every
+// NaN becomes the one whose mantissa is all ones. (Which NaN a load gives shows nowhere.)
 
 struct Bfloat16Element {
   static constexpr int kBytes = 2;
@@ -20,16 +23,22 @@ struct Bfloat16Element {
   static __device__ float load(std::uint32_t bits) {
     return floatFromBfloat16(static_cast<std::uint16_t>(bits));
   }
-  static __device__ std::uint32_t round(float value) { return bfloat16FromFloat(value); }
+  static __device__ std::uint32_t round(float value) { return roundPair(value, 0.0F); }
+  static __device__ std::uint32_t roundPair(float low, float high) {
+    return bfloat16PairFrom(low, high);
+  }
 };
 
 struct Float16Element {
   static constexpr int kBytes = 2;
-  static constexpr int kRowsAhead = 2;  ///< more do not fit into registers
+  static constexpr int kRowsAhead = 4;
   static __device__ float load(std::uint32_t bits) {
-    return floatFromFloat16(static_cast<std::uint16_t>(bits));
+    return floatFromFloat16Bits(static_cast<std::uint16_t>(bits));
   }
-  static __device__ std::uint32_t round(float value) { return float16FromFloat(value); }
+  static __device__ std::uint32_t round(float value) { return roundPair(value, 0.0F); }
+  static __device__ std::uint32_t roundPair(float low, float high) {
+    return float16PairFrom(low, high);
+  }
 };
 
 struct Float32Element {
@@ -69,10 +78,16 @@ struct VectorSum {
   }
 
   __device__ __forceinline__ void store(std::byte* out) const {
-    Vector rounded = {};
+    Vector rounded;
+    if constexpr (kElements % kPerWord != 0 || kPerWord == 1) {
+      static_assert(kElements == 1 || kPerWord == 1);
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      rounded.words[i / kPerWord] |= Element::round(sums[i]) << (i % kPerWord * kBits);
+      for (int i = 0; i < kElements; ++i) rounded.words[i] = Element::round(sums[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kElements; i += 2) {
+        rounded.words[i / 2] = Element::roundPair(sums[i], sums[i + 1]);
+      }
     }
     rounded.store(out);
   }

@@ -38,7 +38,8 @@ inline Slices cutRows(std::int64_t numTokens, std::int64_t length, std::int64_t 
                       std::int64_t granule, int numSms) {
   const std::int64_t wanted = std::max(numSms, 1) * (kBlockWarps * kSlicesPerWarp);
   const std::int64_t steps = std::max<std::int64_t>((length + step - 1) / step, 1);
-  const std::int64_t most = std::min((wanted + numTokens - 1) / numTokens, steps);
+  const std::int64_t rows = std::max<std::int64_t>(numTokens, 1);
+  const std::int64_t most = std::min((wanted + rows - 1) / rows, steps);
   const std::int64_t perPart = std::max<std::int64_t>((length + most - 1) / most, 1);
   const std::int64_t partLength = (perPart + granule - 1) / granule * granule;
   const std::int64_t numParts = std::max<std::int64_t>((length + partLength - 1) / partLength, 1);
@@ -46,11 +47,12 @@ inline Slices cutRows(std::int64_t numTokens, std::int64_t length, std::int64_t 
 }
 
 /// One block for each multiprocessor, as long as there are slices, and only then more warps in it.
+/// One block in any case.
 inline LaunchShape shapeFor(const Slices& slices, int numSms) {
   const std::int64_t sms = std::max(numSms, 1);
   const std::int64_t count = slices.numTokens * slices.numParts;
-  const std::int64_t warps = std::min<std::int64_t>((count + sms - 1) / sms, kBlockWarps);
-  const std::int64_t blocks = std::min(sms, (count + warps - 1) / warps);
+  const std::int64_t warps = std::clamp<std::int64_t>((count + sms - 1) / sms, 1, kBlockWarps);
+  const std::int64_t blocks = std::clamp<std::int64_t>((count + warps - 1) / warps, 1, sms);
   return {static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarpSize)};
 }
 

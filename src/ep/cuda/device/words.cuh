@@ -25,6 +25,13 @@ struct Words<16> {
     words[2] = v.z;
     words[3] = v.w;
   }
+  __device__ void loadShared(const std::byte* in) {
+    const uint4 v = *reinterpret_cast<const uint4*>(in);
+    words[0] = v.x;
+    words[1] = v.y;
+    words[2] = v.z;
+    words[3] = v.w;
+  }
   __device__ void store(std::byte* out) const {
     __stcs(reinterpret_cast<uint4*>(out), make_uint4(words[0], words[1], words[2], words[3]));
   }

@@ -7,6 +7,7 @@
 #include <memory>
 #include <span>
 #include <string_view>
+#include <vector>
 
 #include "mscclpp_ep/bootstrap.hpp"
 #include "mscclpp_ep/export.hpp"
@@ -42,9 +43,10 @@ struct BufferStats {
 ///
 /// Collective calls (dispatch, combine, destroy) are made by every rank in the same order. One
 /// thread at a time uses a buffer; its results may be used, copied and dropped by any thread.
-/// A call returns with its outputs complete. On a GPU it waits for what was enqueued before on the
-/// stream of its CallOptions (none given: the default stream), and what is enqueued after it, on
-/// any stream, finds the outputs. Calls throw the classes of error.hpp.
+/// On the CPU a call returns with its outputs complete; on a GPU it is ordered with other work by
+/// its CallOptions (no stream given: the legacy default stream), inputs live until it is done, and
+/// what goes wrong on the GPU is thrown by the next call or check(). Calls throw the classes of
+/// error.hpp.
 class MSCCLPP_EP_API Buffer {
  public:
   /// Connects the ranks of `bootstrap`; collective.
@@ -105,13 +107,20 @@ class MSCCLPP_EP_API Buffer {
   void refuse(Operation operation, std::string_view why);
 
   /// Memory for rows. In the arena if it has room or can grow, else recycled ordinary memory.
-  Tensor empty(std::span<const std::int64_t> shape, DataType dtype);
-  Tensor empty(std::initializer_list<std::int64_t> shape, DataType dtype);
+  /// On a GPU it may be written to on `stream`, if that is given, else by operations of this buffer
+  /// and what comes after them.
+  Tensor empty(std::span<const std::int64_t> shape, DataType dtype, Stream stream = {});
+  Tensor empty(std::initializer_list<std::int64_t> shape, DataType dtype, Stream stream = {});
   /// Recycled ordinary memory: for outputs that no peer writes.
   Tensor emptyLocal(std::span<const std::int64_t> shape, DataType dtype);
 
+  /// {rows received, rows per local expert, not rounded …} of a handle of this buffer's. Waits for
+  /// the dispatch if only the GPU knows them.
+  std::vector<std::int64_t> readCounts(const DispatchHandle& handle) const;
+
   /// Throws what was noticed since the last call without a call to throw it from: rows dropped
-  /// because `numWorstTokens` was too small, or the error that ended the buffer.
+  /// because `numWorstTokens` was too small, ids out of range on a GPU, or the error that ended the
+  /// buffer. On a GPU it waits for the operations before.
   void check();
   /// From now on the arena does not grow: results that find no room take the landing block, which
   /// is made large enough for the largest operation so far. A larger one is refused.
@@ -130,6 +139,15 @@ class MSCCLPP_EP_API Buffer {
   /// Lets go without waiting for anybody, as the destructor does: for a rank that has failed.
   void leave() noexcept;
   bool destroyed() const;
+
+  /// Tells that memory of this buffer's is used on a stream, which no call has been given: it is
+  /// used again, when it has been dropped, behind what is on that stream then.
+  void recordStream(Stream stream);
+
+  /// Measures the way to other ranks' memory: each rank writes `bytes` to memory of the next one,
+  /// all at once, by the kernel that dispatches. Returns the seconds of each of `repeats`.
+  /// Collective. Throws NotBuilt on the CPU.
+  std::vector<double> timePush(std::size_t bytes, int numSms, int repeats);
 
   /// The stream on which rows are moved on a GPU; none on the CPU.
   Stream commStream() const;

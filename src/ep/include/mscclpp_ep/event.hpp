@@ -18,6 +18,8 @@ class MSCCLPP_EP_API Event {
 
   /// Makes a stream wait for the event.
   void wait(Stream stream) const;
+  /// Whether what was on the stream is done.
+  bool passed() const;
   /// Waits for the event on the host.
   void synchronize() const;
 

@@ -16,6 +16,15 @@ namespace mscclpp_ep {
 struct HandleState;
 struct PendingState;
 
+/// Counts in the memory of the GPU, int32, for those who work on there. On the CPU there are none.
+struct HandleFields {
+  Tensor numRecvTokens;           ///< [1] rows received, also those that were dropped
+  Tensor numRecvTokensPerExpert;  ///< [L] rows per local expert, not rounded
+  Tensor rankPrefixMatrix;        ///< [R, R] column `rank`: recvRankPrefixSum(); -1 elsewhere
+  Tensor numSendTokens;           ///< [R, 1]
+  Tensor channelPrefix;           ///< [R, 1] zeros, as there is one channel
+};
+
 /// What a dispatch leaves for the combines that undo it and the dispatches that repeat it. A small
 /// value: copies share what they refer to. It holds none of the rows that were received.
 class MSCCLPP_EP_API DispatchHandle {
@@ -26,7 +35,10 @@ class MSCCLPP_EP_API DispatchHandle {
 
   std::int64_t numTokens() const;      ///< T: tokens that this rank sent
   std::int64_t numRows() const;        ///< N: rows of the outputs
-  std::int64_t numRecvTokens() const;  ///< rows received; more than numRows() if some were dropped
+  /// Rows received; more than numRows() if some were dropped. -1 after a dispatch with
+  /// numWorstTokens on a GPU, which the host does not wait for: then the counts below are empty,
+  /// and fields() or Buffer::readCounts() have them.
+  std::int64_t numRecvTokens() const;
   Layout layout() const;
   std::uint64_t epoch() const;  ///< number of the dispatch; the same on every rank
 
@@ -42,6 +54,8 @@ class MSCCLPP_EP_API DispatchHandle {
   const Tensor& sendHead() const;
   /// [T, R] bool, as dispatch was given it.
   const Tensor& isTokenInRank() const;
+
+  const HandleFields& fields() const;
 
   const std::shared_ptr<const HandleState>& state() const { return state_; }
 

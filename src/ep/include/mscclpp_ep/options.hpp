@@ -5,9 +5,11 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "mscclpp_ep/event.hpp"
 #include "mscclpp_ep/stream.hpp"
 #include "mscclpp_ep/tensor.hpp"
 
@@ -60,9 +62,20 @@ struct BufferOptions {
   std::uint64_t firstEpoch = 1;
 };
 
-/// How one call is ordered with the caller's other work.
+/// How one call is ordered with the caller's other work. On a GPU it is done by a stream of the
+/// buffer's own (`Buffer::commStream`), and the host does not wait for it, except for the counts of
+/// a dispatch that has no `numWorstTokens` and no handle.
 struct CallOptions {
+  /// The caller's: the call comes after what is on it now, and, unless `async` says otherwise,
+  /// before what will be put on it.
   Stream stream;
+
+  /// If given, the call comes after this event only, and not after what is on `stream`.
+  std::optional<Event> previous;
+
+  /// Leaves `stream` alone: the caller waits for an `Event` made on `Buffer::commStream` after the
+  /// call, before it uses results, or writes over what the call was given.
+  bool async = false;
 
   /// Multiprocessors of the GPU that the call may use; 0: a default. Means nothing on the CPU.
   int numSms = 0;

@@ -130,11 +130,15 @@ def asynchronous(context, case: Case, seed: int) -> None:
     world = world_of(case, seed, context.size)
     buffer = buffer_for(context, world)
     flags = {"async_finish": True, "allocate_on_comm_stream": True}
-    result = steps.dispatch(context, buffer, world, previous_event=buffer.capture(), **flags)
+    arguments = steps.dispatch_arguments(context, world)
+    # The event stands behind what writes the inputs: a call comes after nothing else.
+    result = steps.unpack(buffer.dispatch(**arguments, previous_event=buffer.capture(), **flags))
     steps.wait(result.event)
     steps.verify_dispatch(context, world, result)
-    extra = {"previous_event": result.event, "async_finish": True}
-    returned = steps.combine(context, buffer, world, result.handle, **extra)
+    rows, arguments = steps.combine_arguments(context, buffer, world)
+    extra = {"previous_event": buffer.capture(), "async_finish": True}
+    returned = buffer.combine(rows, result.handle, **arguments, **extra)
+    steps.wait(returned[2])
     steps.verify_combine(context, world, returned)
     with ep.EventOverlap(ep.EventHandle()) as overlap:
         assert overlap.event is not None

@@ -238,8 +238,8 @@ MISTAKES = {
 }
 
 
-# A number is a stream, where there are streams.
-CPU_MISTAKES = ["stream"]
+# On a GPU a number is a stream, and nobody waits for a layout: see `noticed_later`.
+CPU_MISTAKES = ["stream", "layout-too-large", "layout-below"]
 
 
 def placed(context, value):
@@ -323,6 +323,35 @@ def refused_over_and_over(context, seed: int) -> None:
             expect_refusal(method, mistake.spoil(arguments), mistake.says)
         elif mistake.call != "layout":
             expect_peer_failure(culprit, method, arguments)
+    steps.round_trip(context, buffer, CASE, seed)
+
+
+def noticed_later(context, seed: int) -> None:
+    """On a GPU, ids out of range are no choices, where no call waits, and the next check tells."""
+    buffer, rank = context.standing(), context.rank
+    world = world_of(CASE, seed, context.size)
+    steps.forget_drops(buffer)
+    idx = world.sent[rank].topk_idx.copy()
+    idx[0, 0] = CASE.experts
+    _, _, per_expert, _, _ = buffer.get_dispatch_layout(context.backend.array(idx), CASE.experts)
+    assert int(context.backend.host(per_expert).sum()) == int((idx >= 0).sum()) - 1
+    message = str(steps.raised(ep.InvalidArgument, buffer.check))
+    assert f"{CASE.experts}" in message
+    buffer.check()
+
+    arguments = steps.dispatch_arguments(context, world)
+    arguments["topk_idx"] = context.backend.array(idx)
+    arguments["num_worst_tokens"] = sum(len(sent.x) for sent in world.sent)
+    result = steps.unpack(buffer.dispatch(**arguments))
+    assert (context.backend.host(result.topk_idx) < CASE.experts).all()
+    steps.raised(ep.InvalidArgument, buffer.check)
+
+    arguments = steps.dispatch_arguments(context, world)
+    arguments["num_worst_tokens"] = sum(len(sent.x) for sent in world.sent)
+    arguments["num_tokens_per_rank"] += 1
+    buffer.dispatch(**arguments)
+    message = str(steps.raised(ep.InvalidArgument, buffer.check))
+    assert "num_tokens_per_rank" in message
     steps.round_trip(context, buffer, CASE, seed)
 
 

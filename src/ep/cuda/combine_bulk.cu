@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/combine_bulk.hpp"
+#include "cuda/device/bulk_launch.cuh"
+#include "cuda/device/bulk_sum.cuh"
+#include "cuda/device/order.cuh"
+#include "transport/cuda_check.hpp"
+
+namespace mscclpp_ep::cuda {
+
+namespace {
+
+// Below, plain loads of many warps are faster.
+constexpr std::int64_t kLeastRowBytes = 1024;
+
+constexpr int kMostThreads = (kPipes * kPipeWarps + kWeightWarps) * kWarpSize;
+/// For barriers and the like.
+constexpr int kOtherSharedBytes = 3072;
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+/// What each warp of a block does, as of bulk_sum.cuh.
+template <class Element>
+__device__ void runRole(const BulkSum& sum, SumRing* rings, std::byte* stages) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int others = warp - sum.pipes * kPipeWarps;
+  if (others < 0) {
+    return runPipe<Element, false>(sum, blockIdx.x, gridDim.x, 0, rings, stages, warp);
+  }
+  const std::int64_t numTokens = sum.parts.numItems / sum.parts.perRow;
+  sumWeights<false>(sum.context, ItemRange::of(numTokens, blockIdx.x, gridDim.x), 0,
+                    others * kWarpSize + laneIndex(), kWeightWarps * kWarpSize);
+}
+
+#endif
+
+template <class Element>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    bulkSumKernel(const __grid_constant__ BulkSum sum, int numStages) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) std::byte stages[];
+  __shared__ SumRing rings[kPipes];
+  if (threadIdx.x < sum.pipes) {
+    rings[threadIdx.x].init(numStages);
+    fenceBarrierInit();
+  }
+  if (!enterPeers(sum.context.order)) return;
+  runRole<Element>(sum, rings, stages);
+  leavePeers(sum.context.order);
+#endif
+}
+
+template <class Element>
+void launch(const SumArguments& arguments, int numSms, cudaStream_t stream) {
+  BulkSum sum;
+  sum.context = describeSum(arguments);
+  const std::int64_t sms = std::max(numSms, 1);
+  sum.parts = cutIntoParts(arguments.numTokens, sum.context.rows.rowBytes, sms);
+#ifdef EP_TUNE
+  if (std::getenv("PIPES")) sum.pipes = std::atoi(std::getenv("PIPES"));
+  if (std::getenv("FENCE")) sum.fence = std::atoi(std::getenv("FENCE"));
+  if (std::getenv("PARTS"))
+    sum.parts = cutIntoParts(arguments.numTokens, sum.context.rows.rowBytes,
+                             std::atoi(std::getenv("PARTS")) * arguments.numTokens);
+#endif
+  const std::int64_t room = deviceLimits().sharedBytes - kOtherSharedBytes;
+  auto numStages =
+      static_cast<int>(std::min<std::int64_t>(room / sum.parts.partBytes / sum.pipes, kMostStages));
+#ifdef EP_TUNE
+  if (std::getenv("STAGES")) numStages = std::min(numStages, std::atoi(std::getenv("STAGES")));
+#endif
+  const int bytes = sum.pipes * numStages * static_cast<int>(sum.parts.partBytes);
+  allowSharedBytes(bulkSumKernel<Element>, bytes);
+  const auto blocks = static_cast<unsigned>(std::clamp<std::int64_t>(sum.parts.numItems, 1, sms));
+  const int warps =
+      sum.pipes * kPipeWarps + (arguments.outWeights != nullptr ? kWeightWarps : 0);
+  bulkSumKernel<Element><<<blocks, warps * kWarpSize, bytes, stream>>>(sum, numStages);
+  EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that sums rows");
+}
+
+}  // namespace
+
+bool canSumInBulk(const SumArguments& arguments) {
+  const std::int64_t rowBytes =
+      arguments.hidden * static_cast<std::int64_t>(itemSize(arguments.dtype));
+  return arguments.rowAlignment == 16 && rowBytes >= kLeastRowBytes && canCopyInBulk();
+}
+
+void sumRowsInBulk(const SumArguments& arguments, int numSms, cudaStream_t stream) {
+  switch (arguments.dtype) {
+    case DataType::bfloat16:
+      return launch<Bfloat16Element>(arguments, numSms, stream);
+    case DataType::float16:
+      return launch<Float16Element>(arguments, numSms, stream);
+    default:
+      return launch<Float32Element>(arguments, numSms, stream);
+  }
+}
+
+}  // namespace mscclpp_ep::cuda

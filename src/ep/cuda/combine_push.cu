@@ -1,0 +1,326 @@
+// SPDX-License-Identifier: MIT
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/combine_push.hpp"
+#include "cuda/device/bulk_launch.cuh"
+#include "cuda/device/bulk_push.cuh"
+#include "cuda/device/bulk_sum.cuh"
+#include "cuda/device/chunks.cuh"
+#include "cuda/device/order.cuh"
+#include "cuda/device/slices.cuh"
+#include "cuda/device/summands.cuh"
+#include "transport/cuda_check.hpp"
+
+// Why a kernel that waits for rows of its peers ends. Blocks and warps have roles. Those that push
+// wait for nothing but enterPeers() and their own copies; those that sum wait for flags, and
+// nothing that pushes waits for those that sum. Blocks draw the chunks that they push: so all of a
+// rank's chunks are pushed, and flagged, once one of its pushing blocks runs, whether the others do
+// or not; each of these has only to draw that there are no more. Thus whoever waits for a flag of
+// rank B waits for one pushing block of B to be on its GPU. These have the lowest indices, and GPUs
+// start blocks in this order: the first block of B to run pushes, and it runs no later than block
+// 0, for whose word all blocks of all ranks wait in enterPeers(). What is needed is therefore no
+// more than what enterPeers() needs: that the first block of each rank runs while all blocks of the
+// other ranks on its GPU do, and hold their multiprocessors. If n ranks of b blocks share a GPU on
+// which c such blocks fit at a time, this is (n - 1) * b < c. Eight ranks of 20 blocks do not fit
+// onto 132 multiprocessors so: they have to have at most 18, whichever kernel it is. With 17 or 18
+// not all blocks are there at once, and yet all rows land: the blocks that are there push for those
+// that are not, sum, and end, and make room for them. Whatever does not hold, waits are bounded.
+
+namespace mscclpp_ep::cuda {
+
+namespace {
+
+// By bulk copies.
+
+/// How many places the rings of a block have, if it has one of them or both.
+struct RingSizes {
+  int stages[2] = {};  ///< of rows to be summed, a pipe: alone, and beside pieces
+  int pieces[2] = {};  ///< to be pushed: alone, and beside stages
+  std::int64_t stageBytes = 0;  ///< of all stages that are beside pieces
+};
+
+struct BulkPushSum {
+  BulkSum sum;
+  BulkPush push;
+  PushSumShape shape;
+  RingSizes sizes;
+};
+
+constexpr int kBulkWarps = kPipes * kPipeWarps + kPushWarps + kWeightWarps;
+constexpr int kBulkThreads = kBulkWarps * kWarpSize;
+constexpr int kOtherSharedBytes = 6144;
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+struct BlockRings {
+  SumRing sums[kPipes];
+  PushRing push;
+};
+
+/// The roles of a block.
+struct BlockRoles {
+  bool pushes;
+  bool sums;
+
+  __device__ explicit BlockRoles(const PushSumShape& shape)
+      : pushes(static_cast<int>(blockIdx.x) < shape.pushers),
+        sums(static_cast<int>(blockIdx.x) >= shape.firstSummer) {}
+  __device__ bool both() const { return pushes && sums; }
+};
+
+/// The roles of a block's warps, in this order: pipes, those that push, those that sum weights.
+template <class Element>
+__device__ void runRole(const BulkPushSum& all, const BlockRoles& roles, std::uint64_t epoch,
+                        BlockRings& rings, std::byte* shared) {
+  const std::int64_t block = static_cast<int>(blockIdx.x) - all.shape.firstSummer;
+  const std::int64_t blocks = all.shape.blocks - all.shape.firstSummer;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int pushWarp = warp - all.sum.pipes * kPipeWarps;
+  if (pushWarp < 0) {
+    if (roles.sums) {
+      runPipe<Element, true>(all.sum, block, blocks, epoch, rings.sums, shared, warp);
+    }
+  } else if (pushWarp < kPushWarps) {
+    // Behind the stages, if there are any.
+    std::byte* pieces = shared + (roles.sums ? all.sizes.stageBytes : 0);
+    if (roles.pushes) pushChunks(all.push, epoch, rings.push, pieces, pushWarp);
+  } else if (roles.sums) {
+    const std::int64_t numTokens = all.sum.parts.numItems / all.sum.parts.perRow;
+    sumWeights<true>(all.sum.context, ItemRange::of(numTokens, block, blocks), epoch,
+                     (pushWarp - kPushWarps) * kWarpSize + laneIndex(), kWeightWarps * kWarpSize);
+  }
+}
+
+#endif
+
+template <class Element>
+__global__ void __launch_bounds__(kBulkThreads, 1)
+    bulkPushSumKernel(const __grid_constant__ BulkPushSum all) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) std::byte shared[];
+  __shared__ BlockRings rings;
+  const Order& order = all.sum.context.order;
+  const std::uint64_t epoch = currentEpoch(order);
+  const BlockRoles roles(all.shape);
+  if (threadIdx.x < all.sum.pipes) {
+    rings.sums[threadIdx.x].init(all.sizes.stages[roles.both()]);
+    if (threadIdx.x == 0) rings.push.init(all.sizes.pieces[roles.both()]);
+    fenceBarrierInit();
+  }
+  if (!enterPeers(order)) return;
+  runRole<Element>(all, roles, epoch, rings, shared);
+  leavePeers(order);
+#endif
+}
+
+int placesIn(std::int64_t bytes, std::int64_t placeBytes, int most) {
+  return static_cast<int>(std::min<std::int64_t>(bytes / placeBytes, most));
+}
+
+/// Beside each other, the rings get half of the memory each.
+RingSizes ringSizes(std::int64_t room, std::int64_t partBytes, std::int64_t pieceBytes, int pipes) {
+  RingSizes sizes;
+  for (int shared = 0; shared < 2; ++shared) {
+    const std::int64_t mine = room / (1 + shared);
+    sizes.stages[shared] = placesIn(mine / pipes, partBytes, kMostStages);
+    sizes.pieces[shared] = placesIn(mine, pieceBytes, kMostPieces);
+  }
+  sizes.stageBytes = pipes * sizes.stages[1] * partBytes;
+  return sizes;
+}
+
+template <class Element>
+void launchBulk(const PushSumArguments& arguments, const PushSumShape& shape, cudaStream_t stream) {
+  BulkPushSum all;
+  all.sum.context = describeSum(arguments.sum);
+  const std::int64_t rowBytes = all.sum.context.rows.rowBytes;
+  all.sum.context.landing = {arguments.flags, static_cast<std::int32_t>(arguments.chunkRows)};
+  all.sum.parts = cutIntoParts(arguments.sum.numTokens, rowBytes, shape.blocks - shape.firstSummer);
+  all.push.context = describePush(arguments, rowBytes, shape.pushers);
+  all.push.pieceBytes = shape.firstSummer < shape.pushers ? 8192 : 16384;
+#ifdef EP_TUNE
+  if (std::getenv("PIPES")) all.sum.pipes = std::atoi(std::getenv("PIPES"));
+  if (std::getenv("PIECE")) all.push.pieceBytes = std::atoi(std::getenv("PIECE"));
+#endif
+  all.shape = shape;
+  const std::int64_t room = deviceLimits().sharedBytes - kOtherSharedBytes;
+  all.sizes = ringSizes(room, all.sum.parts.partBytes, all.push.pieceBytes, all.sum.pipes);
+  allowSharedBytes(bulkPushSumKernel<Element>, static_cast<int>(room));
+  const int warps = all.sum.pipes * kPipeWarps + kPushWarps +
+                    (arguments.sum.outWeights != nullptr ? kWeightWarps : 0);
+  bulkPushSumKernel<Element>
+      <<<static_cast<unsigned>(shape.blocks), warps * kWarpSize, static_cast<int>(room), stream>>>(all);
+  EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that pushes and sums rows");
+}
+
+void launchBulkOf(const PushSumArguments& arguments, const PushSumShape& shape,
+                  cudaStream_t stream) {
+  switch (arguments.sum.dtype) {
+    case DataType::bfloat16:
+      return launchBulk<Bfloat16Element>(arguments, shape, stream);
+    case DataType::float16:
+      return launchBulk<Float16Element>(arguments, shape, stream);
+    default:
+      return launchBulk<Float32Element>(arguments, shape, stream);
+  }
+}
+
+// By plain copies: in every block, some warps push and the others sum.
+
+constexpr int kPlainPushWarps = 8;
+constexpr int kPlainPushThreads = kPlainPushWarps * kWarpSize;
+constexpr int kPlainSumWarps = 12;  ///< more, and a thread would have too few registers
+constexpr int kPlainThreads = (kPlainPushWarps + kPlainSumWarps) * kWarpSize;
+constexpr int kPlainCopyAhead = 8;
+
+struct PlainPushSum {
+  SumContext context;
+  Slices slices;
+  PushContext push;
+};
+
+/// Copies what many threads copy together.
+template <class Vector>
+__device__ void copyTogether(const std::byte* from, std::byte* to, std::int64_t bytes, int thread) {
+  const auto* in = reinterpret_cast<const Vector*>(from);
+  auto* out = reinterpret_cast<Vector*>(to);
+  const std::int64_t count = bytes / static_cast<std::int64_t>(sizeof(Vector));
+  for (std::int64_t at = thread; at < count; at += kPlainCopyAhead * kPlainPushThreads) {
+    Vector vectors[kPlainCopyAhead];
+#pragma unroll
+    for (int i = 0; i < kPlainCopyAhead; ++i) {
+      if (at + i * kPlainPushThreads < count) vectors[i] = __ldcs(in + at + i * kPlainPushThreads);
+    }
+#pragma unroll
+    for (int i = 0; i < kPlainCopyAhead; ++i) {
+      if (at + i * kPlainPushThreads < count) __stcs(out + at + i * kPlainPushThreads, vectors[i]);
+    }
+  }
+}
+
+__device__ void awaitPushers() { syncThreads(1, kPlainPushThreads); }
+
+template <class Vector>
+__device__ void pushPlainly(const PushContext& push, std::uint64_t epoch, std::int64_t& drawn,
+                            int thread) {
+  const ChunkPlan plan(push);
+  for (;;) {
+    if (thread == 0) drawn = plan.draw();
+    awaitPushers();
+    const std::int64_t ticket = drawn;
+    if (ticket >= plan.count()) return;
+    const Chunk chunk = plan[ticket];
+    copyTogether<Vector>(chunk.rows, chunk.to, chunk.bytes, thread);
+    pushWeights(chunk, thread, kPlainPushThreads);
+    awaitPushers();
+    if (thread == 0 && chunk.flag != nullptr) storeRelease(chunk.flag, epoch);
+  }
+}
+
+template <class Element, class Vector>
+__device__ void sumPlainly(const PlainPushSum& all, std::uint64_t epoch, int warp) {
+  const SumContext& context = all.context;
+  const Slices& slices = all.slices;
+  const std::int64_t numItems = slices.numTokens * slices.numParts;
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * kPlainSumWarps;
+  for (std::int64_t item = static_cast<std::int64_t>(warp) * gridDim.x + blockIdx.x;
+       item < numItems; item += step) {
+    const std::int64_t token = item / slices.numParts;
+    const std::int64_t part = item - token * slices.numParts;
+    const std::int64_t begin = part * slices.partLength;
+    const std::int64_t end = begin + slices.partLength;
+    if (!awaitToken(context, epoch, token)) return;
+    sumVectors<Element, Vector, true, false>(context, context.out, context.start, token, begin,
+                                             end < slices.length ? end : slices.length);
+    if (context.outWeights != nullptr && part == 0) {
+      sumVectors<Float32Element, Words<4>, true, true>(context, context.outWeights, 0.0F, token, 0,
+                                                       context.topk);
+    }
+  }
+}
+
+template <class Element, class Vector, class Copied>
+__global__ void __launch_bounds__(kPlainThreads, 1)
+    plainPushSumKernel(const __grid_constant__ PlainPushSum all) {
+  __shared__ std::int64_t drawn;
+  const Order& order = all.context.order;
+  const std::uint64_t epoch = currentEpoch(order);
+  if (!enterPeers(order)) return;
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < kPlainPushThreads) {
+    pushPlainly<Copied>(all.push, epoch, drawn, thread);
+  } else {
+    sumPlainly<Element, Vector>(all, epoch, thread / kWarpSize - kPlainPushWarps);
+  }
+  leavePeers(order);
+}
+
+template <class Element, class Vector, class Copied>
+void launchPlain(const PushSumArguments& arguments, int blocks, cudaStream_t stream) {
+  PlainPushSum all;
+  all.context = describeSum(arguments.sum);
+  const std::int64_t rowBytes = all.context.rows.rowBytes;
+  all.context.landing = {arguments.flags, static_cast<std::int32_t>(arguments.chunkRows)};
+  all.slices =
+      cutRows(arguments.sum.numTokens, rowBytes / Vector::kBytes, kSumStep, kSumStep, blocks);
+  all.push = describePush(arguments, rowBytes, blocks);
+  plainPushSumKernel<Element, Vector, Copied>
+      <<<static_cast<unsigned>(blocks), kPlainThreads, 0, stream>>>(all);
+  EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that pushes and sums rows");
+}
+
+template <class Element>
+void launchPlainOf(const PushSumArguments& arguments, int blocks, cudaStream_t stream) {
+  constexpr int kBytes = Element::kBytes;
+  switch (arguments.sum.rowAlignment) {
+    case 16:
+      return launchPlain<Element, Words<16>, uint4>(arguments, blocks, stream);
+    case 8:
+      return launchPlain<Element, Words<8>, uint2>(arguments, blocks, stream);
+    case 4:
+      return launchPlain<Element, Words<4>, unsigned>(arguments, blocks, stream);
+    case 2:
+      return kBytes == 2 ? launchPlain<Element, Words<2>, unsigned short>(arguments, blocks, stream)
+                         : launchPlain<Element, Words<kBytes, false>, unsigned short>(
+                               arguments, blocks, stream);
+    default:
+      return launchPlain<Element, Words<kBytes, false>, unsigned char>(arguments, blocks, stream);
+  }
+}
+
+void launchPlainOf(const PushSumArguments& arguments, int blocks, cudaStream_t stream) {
+  switch (arguments.sum.dtype) {
+    case DataType::bfloat16:
+      return launchPlainOf<Bfloat16Element>(arguments, blocks, stream);
+    case DataType::float16:
+      return launchPlainOf<Float16Element>(arguments, blocks, stream);
+    default:
+      return launchPlainOf<Float32Element>(arguments, blocks, stream);
+  }
+}
+
+bool canPushInBulk(const PushSumArguments& arguments) {
+  return arguments.sum.rowAlignment == 16 && canCopyInBulk();
+}
+
+}  // namespace
+
+PushSumShape pushSumShape(int numSms) {
+  const int blocks = std::max(numSms, 1);
+  if (blocks == 1) return {1, 1, 0};
+  return {blocks, blocks / 2, blocks / 2};
+}
+
+void pushAndSumRows(const PushSumArguments& arguments, const PushSumShape& shape,
+                    cudaStream_t stream) {
+  if (canPushInBulk(arguments)) return launchBulkOf(arguments, shape, stream);
+  launchPlainOf(arguments, shape.blocks, stream);
+}
+
+void pushAndSumRows(const PushSumArguments& arguments, int numSms, cudaStream_t stream) {
+  pushAndSumRows(arguments, pushSumShape(numSms), stream);
+}
+
+}  // namespace mscclpp_ep::cuda

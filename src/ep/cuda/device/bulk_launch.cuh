@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: MIT
+// What the host asks of a GPU before it starts kernels that copy in bulk.
+#ifndef MSCCLPP_EP_CUDA_DEVICE_BULK_LAUNCH_CUH_
+#define MSCCLPP_EP_CUDA_DEVICE_BULK_LAUNCH_CUH_
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "transport/cuda_check.hpp"
+
+namespace mscclpp_ep::cuda {
+
+struct DeviceLimits {
+  int computeCapability = 0;  ///< its major number
+  int sharedBytes = 0;        ///< of a block, if it asks for them
+  int numSms = 1;
+};
+
+inline int deviceAttribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  EP_CUDA_TRY(cudaDeviceGetAttribute(&value, attribute, device), "cannot tell what GPU ", device,
+              " can do");
+  return value;
+}
+
+/// Of the current GPU.
+inline const DeviceLimits& deviceLimits() {
+  static const std::vector<DeviceLimits> all = [] {
+    int count = 0;
+    EP_CUDA_TRY(cudaGetDeviceCount(&count), "cannot count the GPUs");
+    std::vector<DeviceLimits> limits;
+    for (int device = 0; device < count; ++device) {
+      limits.push_back({deviceAttribute(cudaDevAttrComputeCapabilityMajor, device),
+                        deviceAttribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                        deviceAttribute(cudaDevAttrMultiProcessorCount, device)});
+    }
+    return limits;
+  }();
+  int device = 0;
+  EP_CUDA_TRY(cudaGetDevice(&device), "cannot tell the current GPU");
+  return all[static_cast<std::size_t>(device)];
+}
+
+/// Whether the current GPU has bulk copies, and MSCCLPP_EP_PLAIN_COPIES does not forbid them.
+inline bool canCopyInBulk() {
+  const char* plain = std::getenv("MSCCLPP_EP_PLAIN_COPIES");
+  if (plain != nullptr && std::strcmp(plain, "1") == 0) return false;
+  return deviceLimits().computeCapability >= 9;
+}
+
+/// Lets a kernel ask for so much shared memory beyond what it declares.
+template <class Kernel>
+void allowSharedBytes(Kernel* kernel, int bytes) {
+  EP_CUDA_TRY(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+              "a kernel cannot have ", bytes, " bytes of shared memory");
+}
+
+}  // namespace mscclpp_ep::cuda
+
+#endif  // MSCCLPP_EP_CUDA_DEVICE_BULK_LAUNCH_CUH_

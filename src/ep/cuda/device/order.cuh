@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: MIT
+// How a kernel waits for those of other ranks. Every wait ends: by what it waits for, when time is
+// up, when the host says so, or when another block has given up.
+#ifndef MSCCLPP_EP_CUDA_DEVICE_ORDER_CUH_
+#define MSCCLPP_EP_CUDA_DEVICE_ORDER_CUH_
+
+#include <cstdint>
+
+#include "core/packets.hpp"
+#include "cuda/device/ptx.cuh"
+#include "cuda/device/warp.cuh"
+#include "cuda/order.hpp"
+
+namespace mscclpp_ep::cuda {
+
+__device__ __forceinline__ std::uint64_t currentEpoch(const Order& order) {
+  return *reinterpret_cast<volatile std::uint64_t*>(order.epoch);
+}
+
+/// Decides whether a wait goes on, that polls. The host's word is far away, so it is looked at now
+/// and then only.
+class Patience {
+ public:
+  __device__ explicit Patience(const Order& order)
+      : order_(order), deadline_(globalTimer() + order.timeout) {}
+
+  __device__ bool left() {
+    if (++polls_ % kPollsBetween != 0) return true;
+    if (currentEpoch(order_) == 0 || globalTimer() > deadline_) return false;
+    aborted_ = *reinterpret_cast<const volatile std::uint32_t*>(order_.abort) != 0;
+    return !aborted_;
+  }
+  __device__ bool aborted() const { return aborted_; }
+
+ private:
+  static constexpr unsigned kPollsBetween = 1024;
+  const Order& order_;
+  std::uint64_t deadline_;
+  unsigned polls_ = 0;
+  bool aborted_ = false;
+};
+
+/// Ends the buffer on this rank, and leaves word for the host. The first of those that fail is
+/// kept: the others follow from it.
+__device__ inline void fail(const Order& order, std::uint64_t epoch, Word word, int peer,
+                            std::uint64_t seen, bool aborted) {
+  const auto before = atomicExch(reinterpret_cast<unsigned long long*>(order.epoch), 0ULL);
+  if (before == 0) return;
+  order.failure->peer = static_cast<std::uint32_t>(peer);
+  order.failure->word = static_cast<std::uint32_t>(word);
+  order.failure->seen = seen;
+  order.failure->aborted = aborted ? 1 : 0;
+  storeRelease(&order.failure->epoch, epoch);
+}
+
+/// A word that was never raised is 0, and may have the right tag.
+__device__ __forceinline__ bool isOf(std::uint64_t signal, std::uint64_t epoch) {
+  return signalTag(signal) == static_cast<std::uint32_t>(epoch) && signalValue(signal) != 0;
+}
+
+/// Waits for a word of a peer's; 0 if that does not come.
+__device__ inline std::uint64_t awaitWord(const Order& order, std::uint64_t epoch, Word word,
+                                          int peer) {
+  const std::uint64_t* place = order.own + SignalMap(order.numRanks).at(word, peer);
+  Patience patience(order);
+  std::uint64_t seen = loadAcquire(place);
+  while (!isOf(seen, epoch)) {
+    if (!patience.left()) {
+      fail(order, epoch, word, peer, seen, patience.aborted());
+      return 0;
+    }
+    seen = loadAcquire(place);
+  }
+  return seen;
+}
+
+/// Raises a word at a peer, behind all that this thread knows of.
+__device__ __forceinline__ void raise(const Order& order, std::uint64_t epoch, Word word, int peer,
+                                      std::uint32_t value) {
+  storeRelease(order.peers[peer] + SignalMap(order.numRanks).at(word, order.rank),
+               packSignal(value, epoch));
+}
+
+/// Raises a word at all peers. Called by a warp.
+__device__ inline void raiseAll(const Order& order, std::uint64_t epoch, Word word) {
+  for (int peer = laneIndex(); peer < order.numRanks; peer += kWarpSize) {
+    if (peer != order.rank) raise(order, epoch, word, peer, 1);
+  }
+}
+
+/// Waits for the words of all peers; false, in all lanes, if one does not come. Called by a warp.
+__device__ inline bool awaitAll(const Order& order, std::uint64_t epoch, Word word) {
+  bool came = true;
+  for (int peer = laneIndex(); peer < order.numRanks; peer += kWarpSize) {
+    if (peer != order.rank) came = awaitWord(order, epoch, word, peer) != 0 && came;
+  }
+  return __all_sync(kAllLanes, came);
+}
+
+/// Begins a kernel that reaches into the memory of peers: lets them reach into this rank's, and
+/// waits until they let this one. Called by whole blocks, all of them; false, for the whole block,
+/// if the kernel has to end without having done anything.
+__device__ inline bool enterPeers(const Order& order) {
+  const std::uint64_t epoch = currentEpoch(order);
+  bool entered = epoch != 0;
+  if (threadIdx.x < kWarpSize && entered && order.numRanks > 1) {
+    if (blockIdx.x == 0) raiseAll(order, epoch, Word::entered);
+    entered = awaitAll(order, epoch, Word::entered);
+  }
+  return __syncthreads_and(entered) != 0;
+}
+
+/// Ends such a kernel, whose threads have done all that they do to the memory of peers: the last
+/// block to come here tells them, waits until they are done with this rank's, and ends the epoch.
+/// Called by whole blocks, all of them; false, for the whole block, if a peer was waited for in
+/// vain.
+__device__ inline bool leavePeers(const Order& order) {
+  __syncthreads();
+  bool fine = true;
+  if (threadIdx.x < kWarpSize) {
+    unsigned before = 0;
+    if (threadIdx.x == 0) {
+      __threadfence_system();
+      before = atomicAdd(order.blocksDone, 1);
+      __threadfence_system();
+    }
+    before = __shfl_sync(kAllLanes, before, 0);
+    const std::uint64_t epoch = currentEpoch(order);
+    if (before + 1 == gridDim.x) {
+      if (epoch != 0 && order.numRanks > 1) {
+        raiseAll(order, epoch, Word::finished);
+        fine = awaitAll(order, epoch, Word::finished);
+      }
+      if (threadIdx.x == 0) {
+        *order.blocksDone = 0;
+        if (epoch != 0 && fine) *order.epoch = epoch + 1;
+      }
+    }
+    fine = fine && epoch != 0;
+  }
+  return __syncthreads_and(fine) != 0;
+}
+
+}  // namespace mscclpp_ep::cuda
+
+#endif  // MSCCLPP_EP_CUDA_DEVICE_ORDER_CUH_

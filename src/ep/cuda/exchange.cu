@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: MIT
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/device/order.cuh"
+#include "cuda/kernels.hpp"
+#include "cuda/plan_report.hpp"
+#include "transport/cuda_check.hpp"
+
+namespace mscclpp_ep::cuda {
+
+namespace {
+
+constexpr int kThreads = 1024;
+
+/// A count is sent with one more than it is, as no packet has value 0.
+__device__ void sendCount(std::uint64_t* place, std::uint64_t epoch, std::int32_t count) {
+  storeRelaxed(place, packSignal(static_cast<std::uint32_t>(count) + 1, epoch));
+}
+
+__device__ void sendCounts(const ExchangeArguments& exchange, std::uint64_t epoch) {
+  for (int rank = threadIdx.x; rank < exchange.order.numRanks; rank += blockDim.x) {
+    sendCount(exchange.outgoing[rank], epoch, exchange.sent[rank]);
+  }
+  for (std::int64_t e = threadIdx.x; e < exchange.placement.numExperts; e += blockDim.x) {
+    std::uint64_t* counts = exchange.outgoing[exchange.placement.owner[e]] + 1;
+    sendCount(counts + exchange.placement.localIndex[e], epoch, exchange.perExpert[e]);
+  }
+}
+
+/// Waits for a count of a rank's; -1 if it does not come.
+__device__ std::int32_t awaitCount(const ExchangeArguments& exchange, std::uint64_t epoch, int rank,
+                                   std::int64_t which) {
+  const std::uint64_t* place = exchange.incoming + rank * (1 + exchange.numLocalExperts) + which;
+  Patience patience(exchange.order);
+  std::uint64_t seen = loadRelaxed(place);
+  while (!isOf(seen, epoch)) {
+    if (!patience.left()) {
+      fail(exchange.order, epoch, Word::firstRow, rank, seen, patience.aborted());
+      return -1;
+    }
+    seen = loadRelaxed(place);
+  }
+  return static_cast<std::int32_t>(signalValue(seen) - 1);
+}
+
+/// Sums the counts of each local expert; those of rows go to the prefix matrix, one by one.
+__device__ bool receiveCounts(const ExchangeArguments& exchange, std::uint64_t epoch) {
+  bool came = true;
+  const int ranks = exchange.order.numRanks;
+  for (std::int64_t e = threadIdx.x; e < exchange.numLocalExperts; e += blockDim.x) {
+    std::int32_t sum = 0;
+    for (int rank = 0; rank < ranks && came; ++rank) {
+      const std::int32_t count = awaitCount(exchange, epoch, rank, 1 + e);
+      came = count >= 0;
+      sum += count;
+    }
+    exchange.received[e] = came ? sum : 0;
+  }
+  for (int rank = threadIdx.x; rank < ranks && came; rank += blockDim.x) {
+    const std::int32_t rows = awaitCount(exchange, epoch, rank, 0);
+    came = rows >= 0;
+    exchange.prefixMatrix[rank * ranks + exchange.order.rank] = rows;
+  }
+  return __syncthreads_and(came) != 0;
+}
+
+/// Makes prefix sums of the rows from each rank, and tells the ranks where theirs begin.
+__device__ void placeRows(const ExchangeArguments& exchange, std::uint64_t epoch) {
+  const Order& order = exchange.order;
+  std::int32_t sum = 0;
+  for (int rank = 0; rank < order.numRanks; ++rank) {
+    std::int32_t& cell = exchange.prefixMatrix[rank * order.numRanks + order.rank];
+    if (rank == order.rank) {
+      exchange.firstRows[rank] = sum;
+    } else {
+      raise(order, epoch, Word::firstRow, rank, static_cast<std::uint32_t>(sum) + 1);
+    }
+    sum += cell;
+    cell = sum;
+  }
+  *exchange.numRecv = sum;
+  if (sum <= exchange.numRows) return;
+  exchange.notice->numRecv = sum;
+  exchange.notice->numRows = exchange.numRows;
+  exchange.notice->dropped = 1;
+}
+
+__device__ bool receivePlaces(const ExchangeArguments& exchange, std::uint64_t epoch) {
+  const Order& order = exchange.order;
+  bool came = true;
+  for (int rank = threadIdx.x; rank < order.numRanks; rank += blockDim.x) {
+    if (rank == order.rank) continue;
+    const std::uint64_t word = awaitWord(order, epoch, Word::firstRow, rank);
+    came = came && word != 0;
+    if (word != 0) exchange.firstRows[rank] = static_cast<std::int32_t>(signalValue(word) - 1);
+  }
+  return __syncthreads_and(came) != 0;
+}
+
+/// The memory has been something else, some of which may look like a packet.
+__device__ void clearIncoming(const ExchangeArguments& exchange) {
+  const std::int64_t count = exchange.order.numRanks * (1 + exchange.numLocalExperts);
+  for (std::int64_t i = threadIdx.x; i < count; i += blockDim.x) exchange.incoming[i] = 0;
+  __syncthreads();
+}
+
+__device__ void fillShown(const ExchangeArguments& exchange) {
+  const int ranks = exchange.order.numRanks;
+  for (int i = threadIdx.x; i < ranks * ranks; i += blockDim.x) {
+    if (i % ranks != exchange.order.rank) exchange.prefixMatrix[i] = -1;
+  }
+  for (int i = threadIdx.x; i < ranks; i += blockDim.x) exchange.channelPrefix[i] = 0;
+}
+
+/// Nothing came: an operation that has failed.
+__device__ void fillNone(const ExchangeArguments& exchange) {
+  for (std::int64_t e = threadIdx.x; e < exchange.numLocalExperts; e += blockDim.x) {
+    exchange.received[e] = 0;
+  }
+  if (threadIdx.x == 0) *exchange.numRecv = 0;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    exchangeKernel(const __grid_constant__ ExchangeArguments exchange) {
+  clearIncoming(exchange);
+  fillShown(exchange);
+  if (!enterPeers(exchange.order)) return fillNone(exchange);
+  const std::uint64_t epoch = currentEpoch(exchange.order);
+  sendCounts(exchange, epoch);
+  if (!receiveCounts(exchange, epoch)) return fillNone(exchange);
+  if (threadIdx.x == 0) placeRows(exchange, epoch);
+  if (!receivePlaces(exchange, epoch)) fillNone(exchange);
+}
+
+__device__ void fillBytes(std::byte* out, std::int64_t begin, std::int64_t end, std::byte value) {
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  const std::int64_t me = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  // Numbers of 4 bytes, one of which a thread writes.
+  for (std::int64_t at = begin + me * 4; at < end; at += step * 4) {
+    const auto word = static_cast<std::uint32_t>(value) * 0x01010101U;
+    *reinterpret_cast<std::uint32_t*>(out + at) = word;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    markKernel(const __grid_constant__ MarkArguments mark) {
+  const std::int64_t from = *mark.numRecv < mark.numRows ? *mark.numRecv : mark.numRows;
+  fillBytes(mark.topkIdx, from * mark.idBytes, mark.numRows * mark.idBytes, std::byte{0xFF});
+  fillBytes(mark.topkWeights, from * mark.weightBytes, mark.numRows * mark.weightBytes,
+            std::byte{0});
+  fillBytes(reinterpret_cast<std::byte*>(mark.sourceIndex), from * 4, mark.numRows * 4,
+            std::byte{0xFF});
+}
+
+/// What fits into the arguments of a kernel.
+struct Values {
+  static constexpr int kMost = 960;
+  std::int32_t values[kMost];
+};
+
+__global__ void storeKernel(std::int32_t* out, const __grid_constant__ Values values, int count) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) out[i] = values.values[i];
+}
+
+}  // namespace
+
+void exchangeCounts(const ExchangeArguments& arguments, cudaStream_t stream) {
+  exchangeKernel<<<1, kThreads, 0, stream>>>(arguments);
+  EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that exchanges counts");
+}
+
+void markMissingRows(const MarkArguments& arguments, cudaStream_t stream) {
+  constexpr unsigned kBlocks = 8;
+  markKernel<<<kBlocks, kThreads, 0, stream>>>(arguments);
+  EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that marks rows");
+}
+
+void storeValues(std::int32_t* out, const std::int32_t* values, std::int64_t count,
+                 cudaStream_t stream) {
+  for (std::int64_t done = 0; done < count; done += Values::kMost) {
+    Values part{};
+    const auto now = static_cast<int>(count - done < Values::kMost ? count - done : Values::kMost);
+    for (int i = 0; i < now; ++i) part.values[i] = values[done + i];
+    storeKernel<<<1, 256, 0, stream>>>(out + done, part, now);
+    EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that stores values");
+  }
+}
+
+void loadExchangeKernels() {
+  cudaFuncAttributes attributes;
+  EP_CUDA_TRY(cudaFuncGetAttributes(&attributes, exchangeKernel), "cannot load a kernel");
+  EP_CUDA_TRY(cudaFuncGetAttributes(&attributes, markKernel), "cannot load a kernel");
+  EP_CUDA_TRY(cudaFuncGetAttributes(&attributes, storeKernel), "cannot load a kernel");
+}
+
+}  // namespace mscclpp_ep::cuda

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: MIT
+#ifndef MSCCLPP_EP_CUDA_MAPPED_HPP_
+#define MSCCLPP_EP_CUDA_MAPPED_HPP_
+
+#include <cstddef>
+#include <type_traits>
+
+#include "transport/cuda_check.hpp"
+
+namespace mscclpp_ep::cuda {
+
+/// Host memory that kernels read and write at the same address, zeroed.
+template <typename T>
+class Mapped {
+ public:
+  static_assert(std::is_trivially_copyable_v<T>);
+
+  explicit Mapped(std::size_t count = 1) : count_(count) {
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    EP_CUDA_TRY(cudaThreadExchangeStreamCaptureMode(&mode), "cannot take host memory");
+    void* data = nullptr;
+    const cudaError_t taken =
+        cudaHostAlloc(&data, count * sizeof(T), cudaHostAllocMapped | cudaHostAllocPortable);
+    (void)cudaThreadExchangeStreamCaptureMode(&mode);
+    EP_CUDA_TRY(taken, "cannot take host memory that the GPU can use");
+    data_ = static_cast<T*>(data);
+    for (std::size_t i = 0; i < count; ++i) data_[i] = T{};
+  }
+  ~Mapped() { (void)cudaFreeHost(data_); }
+  Mapped(const Mapped&) = delete;
+  Mapped& operator=(const Mapped&) = delete;
+
+  T* get() const { return data_; }
+  T& operator*() const { return *data_; }
+  T* operator->() const { return data_; }
+  std::size_t count() const { return count_; }
+
+ private:
+  T* data_ = nullptr;
+  std::size_t count_;
+};
+
+/// A word that the other side writes, after all that it is to tell of.
+template <typename T>
+T acquire(const T& word) {
+  return __atomic_load_n(&word, __ATOMIC_ACQUIRE);
+}
+
+}  // namespace mscclpp_ep::cuda
+
+#endif  // MSCCLPP_EP_CUDA_MAPPED_HPP_

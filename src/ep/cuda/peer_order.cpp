@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: MIT
+#include "cuda/peer_order.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "core/packets.hpp"
+#include "mscclpp_ep/error.hpp"
+
+namespace mscclpp_ep::cuda {
+
+namespace {
+
+// The first that a transport gives.
+constexpr std::uint32_t kSignalSegment = 1;
+
+const char* describe(Word word) {
+  switch (word) {
+    case Word::entered:
+      return "the entry into the operation";
+    case Word::finished:
+      return "the end of the operation";
+    default:
+      return "the place of the rows";
+  }
+}
+
+std::uint64_t nanoseconds(double seconds) {
+  constexpr double kMost = 9e18;  // far from the end of 64 bits
+  return static_cast<std::uint64_t>(std::min(seconds * 1e9, kMost));
+}
+
+}  // namespace
+
+PeerOrder::PeerOrder(Transport& transport, std::uint64_t firstEpoch,
+                     std::chrono::duration<double> timeout)
+    : signals_(transport.share(SignalMap(transport.size()).bytes())),
+      epoch_(1),
+      blocksDone_(1),
+      peers_(static_cast<std::size_t>(transport.size())),
+      timeout_(timeout.count()) {
+  // Before the ranks connect, and so before any kernel of a peer's raises a word.
+  EP_CUDA_TRY(cudaMemset(signals_.data, 0, SignalMap(transport.size()).bytes()),
+              "cannot clear the words of the ranks");
+  EP_CUDA_TRY(cudaDeviceSynchronize(), "cannot clear the words of the ranks");
+  // 0 says that the buffer has failed.
+  epoch_.write({std::max<std::uint64_t>(firstEpoch, 1)});
+  blocksDone_.write({0U});
+  order_.epoch = epoch_.get();
+  order_.blocksDone = blocksDone_.get();
+  order_.own = reinterpret_cast<std::uint64_t*>(signals_.data);
+  order_.peers = peers_.get();
+  order_.rank = transport.rank();
+  order_.numRanks = transport.size();
+  order_.timeout = nanoseconds(timeout_);
+  order_.abort = abort_.get();
+  order_.failure = failure_.get();
+}
+
+void PeerOrder::connect(Transport& transport) {
+  const std::size_t bytes = SignalMap(transport.size()).bytes();
+  std::vector<std::uint64_t*> peers;
+  for (int peer = 0; peer < transport.size(); ++peer) {
+    std::byte* words = peer == transport.rank()
+                           ? signals_.data
+                           : transport.peerMemory(peer, kSignalSegment, 0, bytes);
+    peers.push_back(reinterpret_cast<std::uint64_t*>(words));
+  }
+  peers_.write(peers);
+}
+
+void PeerOrder::throwIfFailed() const {
+  const std::uint64_t epoch = acquire(failure_->epoch);
+  if (epoch == 0) return;
+  const auto word = static_cast<Word>(failure_->word);
+  const std::string what = cat("operation ", epoch, " of the GPU's waited for ", describe(word),
+                               " of rank ", failure_->peer, ", and saw operation ",
+                               signalTag(failure_->seen));
+  if (failure_->aborted != 0) throw PeerFailure(cat(what, " when the buffer was given up"));
+  throw Timeout(cat(what, " after ", timeout_, " s (the buffer's timeout)"));
+}
+
+}  // namespace mscclpp_ep::cuda

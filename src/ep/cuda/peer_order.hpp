@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: MIT
+#ifndef MSCCLPP_EP_CUDA_PEER_ORDER_HPP_
+#define MSCCLPP_EP_CUDA_PEER_ORDER_HPP_
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+
+#include "cuda/mapped.hpp"
+#include "cuda/order.hpp"
+#include "cuda/resources.hpp"
+#include "transport/transport.hpp"
+
+namespace mscclpp_ep::cuda {
+
+/// What orders the kernels of the ranks: owns what an Order points to.
+class PeerOrder {
+ public:
+  /// Takes the first memory that the transport shares, so that peers know its number.
+  PeerOrder(Transport& transport, std::uint64_t firstEpoch, std::chrono::duration<double> timeout);
+  /// Finds the memory of the peers, once all of them have taken theirs.
+  void connect(Transport& transport);
+
+  const Order& arguments() const { return order_; }
+
+  /// Ends all waits of kernels of this rank, now and later.
+  void abort() noexcept { __atomic_store_n(abort_.get(), 1U, __ATOMIC_RELEASE); }
+  /// Throws Timeout if a kernel has waited in vain, naming whom it waited for.
+  void throwIfFailed() const;
+
+ private:
+  Mapped<std::uint32_t> abort_;
+  Mapped<WaitFailure> failure_;
+  SharedBlock signals_;
+  DeviceArray<std::uint64_t> epoch_;
+  DeviceArray<unsigned> blocksDone_;
+  DeviceArray<std::uint64_t*> peers_;
+  double timeout_;
+  Order order_;
+};
+
+}  // namespace mscclpp_ep::cuda
+
+#endif  // MSCCLPP_EP_CUDA_PEER_ORDER_HPP_

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: MIT
+#include "cuda/routing.hpp"
+
+#include <span>
+#include <thread>
+
+#include "transport/wait.hpp"
+
+namespace mscclpp_ep::cuda {
+
+namespace {
+
+constexpr std::chrono::milliseconds kSpin{1};
+constexpr std::chrono::milliseconds kInterruptPeriod{50};
+
+std::shared_ptr<DeviceRouting> makeRouting(const Context& context, const DispatchRequest& request) {
+  auto routing = std::make_shared<DeviceRouting>();
+  const std::int64_t ranks = context.size();
+  routing->numLocalExperts = request.placement->numLocal(context.rank());
+  routing->head =
+      context.take(static_cast<std::size_t>(request.numTokens * ranks) * sizeof(std::int32_t));
+  const CountsMap map(context.size(), routing->numLocalExperts);
+  routing->counts = context.take(static_cast<std::size_t>(map.size()) * sizeof(std::int32_t));
+  routing->shownHead = context.takeTensor(DataType::int32, {request.numTokens, ranks});
+  routing->shownInRank = context.takeTensor(DataType::boolean, {request.numTokens, ranks});
+  return routing;
+}
+
+/// Waits until the GPU has written the report of a plan. What comes before it on the caller's
+/// stream may take any time, so only an error or the user ends this.
+void awaitReport(const Context& context, const PlanReport& report, std::uint64_t ticket) {
+  const auto ready = [&] { return acquire(report.ticket) == ticket; };
+  if (spinUntil(ready, kSpin)) return;
+  auto lookAgain = std::chrono::steady_clock::now() + kInterruptPeriod;
+  while (!ready()) {
+    std::this_thread::yield();
+    const auto now = std::chrono::steady_clock::now();
+    if (now < lookAgain) continue;
+    lookAgain = now + kInterruptPeriod;
+    const cudaError_t state = cudaStreamQuery(context.stream);
+    if (state != cudaErrorNotReady) EP_CUDA_TRY(state, "what came before a dispatch failed");
+    if (context.pollInterrupt) context.pollInterrupt();
+  }
+}
+
+template <typename T>
+std::vector<T> takeCounts(const std::int32_t*& counts, std::int64_t count) {
+  std::vector<T> values(counts, counts + count);
+  counts += count;
+  return values;
+}
+
+void readReport(PlanReport& report, const DispatchRequest& request, int numRanks,
+                Routing& routing) {
+  const std::int64_t experts = request.placement->numExperts();
+  if (report.badPlace >= 0) {
+    throwBadId(report.badPlace, request.inputs.topkIdx.shape[1], report.badId, experts);
+  }
+  const std::int32_t* counts = report.counts();
+  auto plan = std::make_shared<SendPlan>();
+  plan->numRows = takeCounts<std::int64_t>(counts, numRanks);
+  routing.plan = std::move(plan);
+  routing.perRank = takeCounts<std::int32_t>(counts, numRanks);
+  routing.perExpert = takeCounts<std::int32_t>(counts, experts);
+  if (request.inputs.topkIdx) routing.choices = takeCounts<std::int64_t>(counts, experts);
+}
+
+}  // namespace
+
+TopkArrays topkOf(const DispatchInputs& inputs) {
+  if (!inputs.topkIdx) return {};
+  return {inputs.topkIdx.data, static_cast<const float*>(inputs.topkWeights.data),
+          inputs.topkIdx.shape[1], inputs.topkIdx.dtype == DataType::int64};
+}
+
+void examineRouting(Context& context, PlanReporter& reporter, const PlacementArrays& placement,
+                    DispatchRequest& request) {
+  const bool hostWaits = request.options.numWorstTokens == 0;
+  EP_EXPECTS(!hostWaits || !context.capturing,
+             "num_worst_tokens is 0, so that the host would wait for counts, which it cannot while "
+             "a graph is captured; give num_worst_tokens, or a handle");
+  const auto routing = makeRouting(context, request);
+  reporter.reserve(context.size(), placement.numExperts, context.stream);
+  PlanArguments plan;
+  plan.inRank = static_cast<const std::uint8_t*>(request.inputs.isTokenInRank.data);
+  plan.numTokens = request.numTokens;
+  plan.numRanks = context.size();
+  plan.topk = topkOf(request.inputs);
+  plan.placement = placement;
+  plan.perRank = static_cast<const std::int32_t*>(request.inputs.numTokensPerRank.data);
+  plan.perExpert = static_cast<const std::int32_t*>(request.inputs.numTokensPerExpert.data);
+  plan.head = reinterpret_cast<std::int32_t*>(routing->head.get());
+  plan.sent = routing->count(CountsMap(context.size(), routing->numLocalExperts).sent());
+  plan.shownHead = static_cast<std::int32_t*>(routing->shownHead.view.data);
+  plan.shownInRank = static_cast<std::uint8_t*>(routing->shownInRank.view.data);
+  plan.scratch = reporter.scratch();
+  plan.report = hostWaits ? reporter.report() : nullptr;
+  plan.notice = reporter.notice();
+  plan.ticket = reporter.nextTicket();
+  planDispatch(plan, context.stream);
+  request.routing.onGpu = routing;
+  if (!hostWaits) return;
+  awaitReport(context, *reporter.report(), plan.ticket);
+  readReport(*reporter.report(), request, context.size(), request.routing);
+}
+
+HandleFields makeFields(const Context& context, const DeviceRouting& routing) {
+  const std::int64_t ranks = context.size();
+  const CountsMap map(context.size(), routing.numLocalExperts);
+  const auto part = [&](std::int64_t at, std::initializer_list<std::int64_t> shape) {
+    Tensor tensor;
+    tensor.view = makeView(routing.count(at), DataType::int32, shape, context.onDevice());
+    tensor.owner = routing.counts;
+    return tensor;
+  };
+  HandleFields fields;
+  fields.numRecvTokens = part(map.numRecv(), {1});
+  fields.numRecvTokensPerExpert = part(map.perExpert(), {routing.numLocalExperts});
+  fields.rankPrefixMatrix = part(map.prefixMatrix(), {ranks, ranks});
+  fields.numSendTokens = part(map.sent(), {ranks, 1});
+  fields.channelPrefix = part(map.channelPrefix(), {ranks, 1});
+  return fields;
+}
+
+}  // namespace mscclpp_ep::cuda

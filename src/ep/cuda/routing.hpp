@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: MIT
+// What the GPU keeps of the routing of a dispatch, as its handle refers to it.
+#ifndef MSCCLPP_EP_CUDA_ROUTING_HPP_
+#define MSCCLPP_EP_CUDA_ROUTING_HPP_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "core/backend.hpp"
+#include "cuda/context.hpp"
+#include "cuda/kernels.hpp"
+#include "cuda/plan_report.hpp"
+
+namespace mscclpp_ep::cuda {
+
+/// The counts of a dispatch, as int32 in one piece of memory: where each of them begins.
+class CountsMap {
+ public:
+  CountsMap(int numRanks, std::int64_t numLocalExperts)
+      : ranks_(numRanks), experts_(numLocalExperts) {}
+
+  std::int64_t numRecv() const { return 0; }
+  std::int64_t prefixMatrix() const { return 1; }
+  std::int64_t sent() const { return prefixMatrix() + ranks_ * ranks_; }
+  std::int64_t channelPrefix() const { return sent() + ranks_; }
+  std::int64_t perExpert() const { return channelPrefix() + ranks_; }
+  /// Row of this rank's first token at each receiver. The handle does not show it.
+  std::int64_t firstRows() const { return perExpert() + experts_; }
+  std::int64_t size() const { return firstRows() + ranks_; }
+
+ private:
+  std::int64_t ranks_;
+  std::int64_t experts_;
+};
+
+struct DeviceRouting {
+  std::shared_ptr<std::byte> head;    ///< [T, R] int32: SendPlan::head
+  std::shared_ptr<std::byte> counts;  ///< of a CountsMap
+  std::int64_t numLocalExperts = 0;
+  Tensor shownHead;      ///< copies, that callers may write to
+  Tensor shownInRank;
+
+  const std::int32_t* heads() const { return reinterpret_cast<const std::int32_t*>(head.get()); }
+  std::int32_t* count(std::int64_t at) const {
+    return reinterpret_cast<std::int32_t*>(counts.get()) + at;
+  }
+};
+
+/// Of a request that has been examined, or of the handle that it repeats.
+inline const DeviceRouting& deviceRouting(const std::shared_ptr<const void>& onGpu) {
+  return *static_cast<const DeviceRouting*>(onGpu.get());
+}
+
+/// Finds out where the tokens of a dispatch go. Waits for the counts, unless the request has
+/// num_worst_tokens.
+void examineRouting(Context& context, PlanReporter& reporter, const PlacementArrays& placement,
+                    DispatchRequest& request);
+
+TopkArrays topkOf(const DispatchInputs& inputs);
+
+/// What a handle shows of the counts in the memory of the GPU.
+HandleFields makeFields(const Context& context, const DeviceRouting& routing);
+
+}  // namespace mscclpp_ep::cuda
+
+#endif  // MSCCLPP_EP_CUDA_ROUTING_HPP_

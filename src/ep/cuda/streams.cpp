@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: MIT
+#include "cuda/streams.hpp"
+
+#include <algorithm>
+
+namespace mscclpp_ep::cuda {
+
+namespace {
+
+cudaGraph_t graphOf(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaGraph_t graph = nullptr;
+#if CUDART_VERSION >= 13000
+  const cudaError_t found = cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph);
+#else
+  const cudaError_t found = cudaStreamGetCaptureInfo_v2(stream, &status, nullptr, &graph);
+#endif
+  EP_CUDA_TRY(found, "cannot tell which graph is captured");
+  return graph;
+}
+
+}  // namespace
+
+void keepWithGraph(cudaStream_t stream, const std::shared_ptr<void>& owner) {
+  const cudaGraph_t graph = graphOf(stream);
+  auto held = std::make_unique<std::shared_ptr<void>>(owner);
+  cudaUserObject_t object = nullptr;
+  EP_CUDA_TRY(cudaUserObjectCreate(
+                  &object, held.get(),
+                  [](void* p) { delete static_cast<std::shared_ptr<void>*>(p); }, 1,
+                  cudaUserObjectNoDestructorSync),
+              "cannot let a graph keep memory");
+  (void)held.release();
+  EP_CUDA_TRY(cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove),
+              "cannot let a graph keep memory");
+}
+
+class UserStreams::Behind final : public Fence {
+ public:
+  explicit Behind(const UserStreams& streams) : streams_(streams) {
+    for (const cudaStream_t stream : streams.users_) {
+      events_.push_back(std::make_unique<StreamEvent>(stream));
+    }
+  }
+
+  bool passed() override {
+    if (streams_.capturing_) return false;
+    if (streams_.mayWait_) {
+      for (const auto& event : events_) event->hold(streams_.comm_);
+      return true;
+    }
+    return std::all_of(events_.begin(), events_.end(),
+                       [](const auto& event) { return event->passed(); });
+  }
+
+ private:
+  const UserStreams& streams_;
+  std::vector<std::unique_ptr<StreamEvent>> events_;
+};
+
+std::unique_ptr<Fence> UserStreams::fence() {
+  if (capturing_) return nullptr;
+  return std::make_unique<Behind>(*this);
+}
+
+}  // namespace mscclpp_ep::cuda

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: MIT
+// In which order streams use memory.
+#ifndef MSCCLPP_EP_CUDA_STREAMS_HPP_
+#define MSCCLPP_EP_CUDA_STREAMS_HPP_
+
+#include <memory>
+#include <set>
+#include <vector>
+
+#include "host/arena.hpp"
+#include "transport/cuda_check.hpp"
+
+namespace mscclpp_ep::cuda {
+
+/// A point in a stream.
+class StreamEvent {
+ public:
+  explicit StreamEvent(cudaStream_t stream) {
+    EP_CUDA_TRY(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cannot make an event");
+    const cudaError_t recorded = cudaEventRecord(event_, stream);
+    if (recorded != cudaSuccess) (void)cudaEventDestroy(event_);
+    EP_CUDA_TRY(recorded, "cannot record an event");
+  }
+  ~StreamEvent() { (void)cudaEventDestroy(event_); }
+  StreamEvent(const StreamEvent&) = delete;
+  StreamEvent& operator=(const StreamEvent&) = delete;
+
+  bool passed() const { return cudaEventQuery(event_) == cudaSuccess; }
+  void hold(cudaStream_t stream) const {
+    EP_CUDA_TRY(cudaStreamWaitEvent(stream, event_, 0), "cannot wait for an event");
+  }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+/// Makes `later` wait for what is on `earlier` now.
+inline void orderStreams(cudaStream_t earlier, cudaStream_t later) {
+  if (earlier != later) StreamEvent(earlier).hold(later);
+}
+
+/// Whether what is enqueued on a stream is recorded for a graph, instead of run.
+inline bool isCapturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  EP_CUDA_TRY(cudaStreamIsCapturing(stream, &status), "cannot tell whether a graph is captured");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+/// Lets the graph that a stream captures, and all that is made of it, keep what `owner` holds.
+void keepWithGraph(cudaStream_t stream, const std::shared_ptr<void>& owner);
+
+/// The streams on which the memory of a buffer is used. Memory that was dropped is free when all of
+/// them have got past that: then, or at once, if the stream of the buffer's operations, which is
+/// the next to use it, may be made to wait for them.
+class UserStreams {
+ public:
+  explicit UserStreams(cudaStream_t comm) : comm_(comm) {}
+
+  void add(cudaStream_t stream) {
+    if (stream != comm_) users_.insert(stream);
+  }
+  /// Whether the stream of operations may wait for others than its call names.
+  void allowWaiting(bool allowed) { mayWait_ = allowed; }
+  void setCapturing(bool capturing) { capturing_ = capturing; }
+  bool capturing() const { return capturing_; }
+
+  /// A fence behind what is enqueued now; null while a graph is captured, of which other streams
+  /// are no part.
+  std::unique_ptr<Fence> fence();
+
+ private:
+  class Behind;
+
+  cudaStream_t comm_;
+  std::set<cudaStream_t> users_;
+  bool mayWait_ = true;
+  bool capturing_ = false;
+};
+
+}  // namespace mscclpp_ep::cuda
+
+#endif  // MSCCLPP_EP_CUDA_STREAMS_HPP_
