@@ -107,13 +107,22 @@ struct DispatchPublish {
   ArrayAddress counts;  ///< on a GPU, for packets, where counts are not in the entries
 };
 
-/// Round::entry of a combine: rows of the receiver's tokens stand in dispatch's order.
+/// Round::entry of a combine: rows of the receiver's tokens stand in dispatch's order. On a GPU,
+/// without an address if they are not where peers can read them.
 struct CombineEntry {
   Signature signature;
   Status status;
   ArrayAddress rows;
   ArrayAddress weights;
   ArrayAddress seals;  ///< [N] RowSeal, in the integrity mode
+};
+
+/// Round::publish of a combine on a GPU: where the receiver puts its rows of the sender's tokens.
+struct CombineLanding {
+  Status status;
+  ArrayAddress rows;     ///< a row for each token that was sent to the receiver
+  ArrayAddress weights;  ///< likewise
+  ArrayAddress flags;    ///< of chunks of rows
 };
 
 /// Round::entry of a low-latency dispatch: where the sender has put its tokens, for all to read.
@@ -146,6 +155,7 @@ static_assert(std::is_trivially_copyable_v<LowLatencyCombineEntry>);
 static_assert(std::is_trivially_copyable_v<DispatchEntry>);
 static_assert(std::is_trivially_copyable_v<DispatchPublish>);
 static_assert(std::is_trivially_copyable_v<CombineEntry>);
+static_assert(std::is_trivially_copyable_v<CombineLanding>);
 
 /// A signal: one 64-bit store carries a value and the tag of the operation that it belongs to.
 /// Tags compare modulo 2^32, which is sound because every operation rewrites every slot.

@@ -56,7 +56,10 @@ class CudaBackend final : private Resources, public HostBackend {
         device_(options.device.index),
         deviceSms_(multiprocessors(options.device.index)),
         pollInterrupt_(options.pollInterrupt),
-        pool_(makeFence()) {}
+        pool_(makeFence()) {
+    const CurrentDevice current(device_);
+    nextChunk_.write({0});
+  }
   ~CudaBackend() override;
 
   void beginCall(const CallOptions& call) override;
@@ -88,7 +91,7 @@ class CudaBackend final : private Resources, public HostBackend {
                                               const DispatchOutputs& outputs) override {
     const CurrentDevice current(device_);
     Context now = context(request.call);
-    return cuda::moveRows(now, placements_.get(*request.placement, stream.get()), request, plan,
+    return cuda::moveRows(now, placements_.get(*request.placement), request, plan,
                           outputs);
   }
   void combineRows(const CombineRequest& request) override {
@@ -109,7 +112,7 @@ class CudaBackend final : private Resources, public HostBackend {
   Context context(const CallOptions& call) {
     return {context_,
             {device_, pool_, stream.get(), users.capturing(), peerOrder->arguments(),
-             reporter_.notice(), pollInterrupt_, smsFor(call)}};
+             reporter_.notice(), flags_, nextChunk_.get(), pollInterrupt_, smsFor(call)}};
   }
 
   /// The kernels of ranks that share the GPU wait for each other, and must all fit on it.
@@ -124,6 +127,8 @@ class CudaBackend final : private Resources, public HostBackend {
   DevicePool pool_;
   PlanReporter reporter_;
   DevicePlacements placements_;
+  LandingFlags flags_{peerOrder->flags(), PeerOrder::kFlagBytes};
+  DeviceArray<std::uint64_t> nextChunk_{1};
 };
 
 /// What this rank still waits for on the GPU ends, and with it what it reads and writes.
@@ -157,7 +162,7 @@ void CudaBackend::endCall(const CallOptions& call) {
 void CudaBackend::examineRouting(DispatchRequest& request) {
   const CurrentDevice current(device_);
   Context now = context(request.call);
-  cuda::examineRouting(now, reporter_, placements_.get(*request.placement, stream.get()), request);
+  cuda::examineRouting(now, reporter_, placements_.get(*request.placement), request);
 }
 
 Tensor CudaBackend::allocate(std::size_t bytes, MemoryKind kind, Stream user) {
@@ -224,7 +229,7 @@ void CudaBackend::getDispatchLayout(const TensorView& topkIdx, const ExpertPlace
   const CurrentDevice current(device_);
   CountArguments arguments;
   arguments.topk = {topkIdx.data, nullptr, topkIdx.shape[1], topkIdx.dtype == DataType::int64};
-  arguments.owner = placements_.get(placement, stream.get()).owner;
+  arguments.owner = placements_.get(placement).owner;
   arguments.numTokens = topkIdx.shape[0];
   arguments.numExperts = placement.numExperts();
   arguments.numRanks = context_.size();

@@ -1,23 +1,29 @@
 // SPDX-License-Identifier: MIT
 #include "cuda/combine.hpp"
 
-#include <span>
+#include <algorithm>
+#include <optional>
 #include <vector>
 
+#include "cuda/combine_push.hpp"
 #include "cuda/routing.hpp"
+#include "host/exchange_counts.hpp"
 #include "host/rounds.hpp"
 
 namespace mscclpp_ep::cuda {
 
 namespace {
 
-/// One combine, on one rank: at once the owner of rows that others read, and a reader.
+/// One combine, on one rank. If all ranks' rows are where peers can read them, each rank reads
+/// those of its tokens; if not, each rank pushes its rows to where their tokens' owners sum them.
 class RowReducer {
  public:
   RowReducer(Context& context, const CombineRequest& request)
       : context_(context),
         request_(request),
         handle_(*request.handle),
+        routing_(deviceRouting(request.handle->onGpu)),
+        map_(context.size(), routing_.numLocalExperts),
         rowBytes_(static_cast<std::size_t>(request.signature.hidden) *
                   itemSize(request.inputs.x.dtype)),
         weightBytes_(request.inputs.topkWeights
@@ -26,117 +32,118 @@ class RowReducer {
         sources_(static_cast<std::size_t>(context.size())) {}
 
   void run() {
-    offerInputs();
-    receiveOffers();
-    reduce();
+    const std::vector<CombineEntry> entries = exchangeOffers();
+    if (std::all_of(entries.begin(), entries.end(), isReadable)) {
+      pull(entries);
+    } else {
+      push();
+    }
   }
 
  private:
-  void offerInputs();
-  void stage(std::size_t rows, std::size_t weights);
-  void copyToStaging(std::size_t offset, const void* data, std::size_t bytes);
-  void receiveOffers();
-  void bindSource(std::size_t rank, const CombineEntry& entry);
-  int rowAlignment() const;
-  void reduce();
+  static bool isReadable(const CombineEntry& entry) { return entry.rows.access != Access::none; }
 
+  std::vector<CombineEntry> exchangeOffers();
+  CombineEntry offer();
+  std::optional<ArrayAddress> offerWeights();
+  void describe(SumArguments& sum) const;
+  void bindSpan(std::size_t rank);
+  int rowAlignment() const;
+
+  void pull(const std::vector<CombineEntry>& entries);
+  void bindReadable(std::size_t rank, const CombineEntry& entry);
+
+  void push();
+  std::vector<CombineLanding> makeLandings();
+  std::int64_t numRowsOf(std::size_t source) const;
+  LandingTarget bindTarget(std::size_t rank, const CombineLanding& landing) const;
+
+  std::size_t self() const { return static_cast<std::size_t>(context_.rank()); }
+  bool countsOnHost() const { return handle_.plan != nullptr; }
+  /// Rows of the input that hold something, as far as the host knows.
   std::int64_t numReceived() const {
-    return handle_.plan == nullptr ? handle_.numRows
-                                   : std::min(handle_.numRecv(), handle_.numRows);
+    return countsOnHost() ? std::min(handle_.numRecv(), handle_.numRows) : handle_.numRows;
   }
   const std::byte* input() const { return static_cast<const std::byte*>(request_.inputs.x.data); }
-  const std::byte* inputWeights() const {
-    return static_cast<const std::byte*>(request_.inputs.topkWeights.data);
+  const float* inputWeights() const {
+    return static_cast<const float*>(request_.inputs.topkWeights.data);
   }
 
   Context& context_;
   const CombineRequest& request_;
   const HandleState& handle_;
+  const DeviceRouting& routing_;
+  const CountsMap map_;
   const std::size_t rowBytes_;
   const std::size_t weightBytes_;
-  ArrayAddress rowsAddress_;
-  ArrayAddress weightsAddress_;
-  ArenaBlock block_;  ///< in which inputs are copied for peers
   std::vector<SumSource> sources_;
+  ArenaBlock landing_;  ///< for what peers push here, or read
+  std::vector<const std::uint64_t*> flags_;  ///< [R] of what others push here
 };
 
-/// Makes this rank's rows readable by the others: in place, or in a block they are copied to.
-void RowReducer::offerInputs() {
-  const TraceScope scope(context_.trace, "stage rows");
-  try {
-    if (numReceived() > 0 && context_.size() > 1) {
-      const std::size_t rows = arrayBytes(numReceived(), rowBytes_);
-      const std::size_t weights = arrayBytes(numReceived(), weightBytes_);
-      const auto rowsInPlace = context_.arena.locate(input(), rows);
-      const auto weightsInPlace = context_.arena.locate(inputWeights(), weights);
-      context_.arena.noteOperation(alignUp(rows, kPage) + alignUp(weights, kPage));
-      (rowsInPlace ? context_.stats.pulledRows : context_.stats.stagedRows) += numReceived();
-      stage(rowsInPlace ? 0 : rows, weightsInPlace ? 0 : weights);
-      if (rowsInPlace) rowsAddress_ = *rowsInPlace;
-      if (weightsInPlace) weightsAddress_ = *weightsInPlace;
-    }
-  } catch (const Error& error) {
-    postRefusal(context_, Operation::combine, error.what());
-    throw OperationRefused{std::current_exception()};
-  }
-}
-
-/// Copies what does not lie in the arena to a block that does.
-void RowReducer::stage(std::size_t rows, std::size_t weights) {
-  if (rows + weights == 0) return;
-  const std::size_t behindRows = alignUp(rows, kPage);
-  if (auto block = context_.arena.allocate(behindRows + weights)) {
-    block_ = std::move(*block);
-  } else {
-    if (context_.capturing) context_.arena.keepLanding();
-    block_ = context_.arena.landing(behindRows + weights);
-  }
-  context_.keep(block_.data);
-  if (rows > 0) {
-    copyToStaging(0, input(), rows);
-    rowsAddress_ = block_.address;
-  }
-  if (weights > 0) {
-    copyToStaging(behindRows, inputWeights(), weights);
-    weightsAddress_ = block_.address;
-    weightsAddress_.offset += behindRows;
-  }
-}
-
-void RowReducer::copyToStaging(std::size_t offset, const void* data, std::size_t bytes) {
-  EP_CUDA_TRY(cudaMemcpyAsync(block_.data.get() + offset, data, bytes, cudaMemcpyDeviceToDevice,
-                              context_.stream),
-              "cannot copy rows for the other ranks");
-}
-
-void RowReducer::receiveOffers() {
+/// Where this rank's rows can be read, if they can.
+CombineEntry RowReducer::offer() {
   CombineEntry entry;
   entry.signature = request_.signature;
-  entry.rows = rowsAddress_;
-  entry.weights = weightsAddress_;
-  const std::vector<Message> outgoing(sources_.size(), encode(entry));
-  const auto& entries = exchangeEntries(context_, outgoing);
-  for (std::size_t r = 0; r < sources_.size(); ++r) bindSource(r, decode<CombineEntry>(entries[r]));
+  if (numReceived() == 0 || context_.size() == 1) {
+    // Nobody else reads anything: any address will do.
+    entry.rows.access = Access::straight;
+    return entry;
+  }
+  const auto rows = context_.arena.locate(input(), arrayBytes(numReceived(), rowBytes_));
+  const auto weights = rows ? offerWeights() : std::nullopt;
+  if (!weights) return entry;
+  entry.rows = *rows;
+  entry.weights = *weights;
+  return entry;
 }
 
-void RowReducer::bindSource(std::size_t rank, const CombineEntry& entry) {
-  SumSource& source = sources_[rank];
-  source.span = {handle_.firstRowAt[rank], handle_.capacityAt[rank]};
-  const bool noRows = source.span.capacity == 0 ||
-                      (handle_.plan != nullptr &&
-                       rowsKept(source.span.firstRow, handle_.plan->numRows[rank],
-                                source.span.capacity) == 0);
-  if (noRows) return;
-  const int peer = static_cast<int>(rank);
-  const bool own = peer == context_.rank();
-  const RowRange range{0, source.span.capacity};
-  source.rows = own ? input()
-                    : peerRows(context_, peer, entry.rows, range, rowBytes_,
-                               itemSize(request_.inputs.x.dtype));
-  if (weightBytes_ == 0) return;
-  source.weights = reinterpret_cast<const float*>(
-      own ? inputWeights()
-          : peerRows(context_, peer, entry.weights, range, weightBytes_, sizeof(float)));
+/// Those that peers cannot read are copied to where they can, as they are few bytes.
+std::optional<ArrayAddress> RowReducer::offerWeights() {
+  const std::size_t bytes = arrayBytes(numReceived(), weightBytes_);
+  if (bytes == 0) return ArrayAddress{};
+  if (const auto inPlace = context_.arena.locate(inputWeights(), bytes)) return inPlace;
+  auto block = context_.arena.allocate(bytes);
+  if (!block) return std::nullopt;
+  landing_ = std::move(*block);
+  context_.keep(landing_.data);
+  EP_CUDA_TRY(cudaMemcpyAsync(landing_.data.get(), inputWeights(), bytes, cudaMemcpyDeviceToDevice,
+                              context_.stream),
+              "cannot copy weights for the other ranks");
+  return landing_.address;
+}
+
+std::vector<CombineEntry> RowReducer::exchangeOffers() {
+  const std::vector<Message> outgoing(sources_.size(), encode(offer()));
+  std::vector<CombineEntry> entries;
+  for (const Message& message : exchangeEntries(context_, outgoing)) {
+    entries.push_back(decode<CombineEntry>(message));
+  }
+  return entries;
+}
+
+/// What pulling and pushing have in common.
+void RowReducer::describe(SumArguments& sum) const {
+  sum.out = static_cast<std::byte*>(request_.outputs.x.data);
+  sum.dtype = request_.inputs.x.dtype;
+  sum.hidden = request_.signature.hidden;
+  sum.bias0 = static_cast<const std::byte*>(request_.inputs.bias0.data);
+  sum.bias1 = static_cast<const std::byte*>(request_.inputs.bias1.data);
+  if (weightBytes_ != 0) {
+    sum.outWeights = static_cast<float*>(request_.outputs.topkWeights.data);
+    sum.topk = request_.signature.topk;
+  }
+  sum.head = routing_.heads();
+  sum.sources = context_.perRank(sources_);
+  if (!countsOnHost()) sum.firstRows = routing_.count(map_.firstRows());
+  sum.numTokens = handle_.numTokens;
+  sum.numRanks = context_.size();
+  sum.rowAlignment = rowAlignment();
+  sum.order = context_.order;
+}
+
+void RowReducer::bindSpan(std::size_t rank) {
+  sources_[rank].span = {handle_.firstRowAt[rank], handle_.capacityAt[rank]};
 }
 
 int RowReducer::rowAlignment() const {
@@ -149,30 +156,146 @@ int RowReducer::rowAlignment() const {
   return alignment.value();
 }
 
-void RowReducer::reduce() {
+void RowReducer::pull(const std::vector<CombineEntry>& entries) {
   const TraceScope scope(context_.trace, "reduce");
+  context_.stats.pulledRows += numReceived();
+  for (std::size_t r = 0; r < sources_.size(); ++r) bindReadable(r, entries[r]);
   SumArguments arguments;
-  arguments.out = static_cast<std::byte*>(request_.outputs.x.data);
-  arguments.dtype = request_.inputs.x.dtype;
-  arguments.hidden = request_.signature.hidden;
-  arguments.bias0 = static_cast<const std::byte*>(request_.inputs.bias0.data);
-  arguments.bias1 = static_cast<const std::byte*>(request_.inputs.bias1.data);
-  if (weightBytes_ != 0) {
-    arguments.outWeights = static_cast<float*>(request_.outputs.topkWeights.data);
-    arguments.topk = request_.signature.topk;
-  }
-  const DeviceRouting& routing = deviceRouting(handle_.onGpu);
-  arguments.head = routing.heads();
-  arguments.sources = context_.perRank(sources_);
-  if (handle_.plan == nullptr) {
-    arguments.firstRows =
-        routing.count(CountsMap(context_.size(), routing.numLocalExperts).firstRows());
-  }
-  arguments.numTokens = handle_.numTokens;
-  arguments.numRanks = context_.size();
-  arguments.rowAlignment = rowAlignment();
-  arguments.order = context_.order;
+  describe(arguments);
   sumRows(arguments, context_.numSms, context_.stream);
+}
+
+void RowReducer::bindReadable(std::size_t rank, const CombineEntry& entry) {
+  bindSpan(rank);
+  SumSource& source = sources_[rank];
+  if (rank == self()) {
+    source.rows = input();
+    if (weightBytes_ != 0) source.weights = inputWeights();
+    return;
+  }
+  const bool noRows = countsOnHost() && numRowsOf(rank) == 0;
+  if (noRows || source.span.capacity == 0) return;
+  const int peer = static_cast<int>(rank);
+  const RowRange range{0, source.span.capacity};
+  source.rows = peerRows(context_, peer, entry.rows, range, rowBytes_,
+                         itemSize(request_.inputs.x.dtype));
+  if (weightBytes_ == 0) return;
+  source.weights = reinterpret_cast<const float*>(
+      peerRows(context_, peer, entry.weights, range, weightBytes_, sizeof(float)));
+}
+
+void RowReducer::push() {
+  const TraceScope scope(context_.trace, "reduce");
+  context_.stats.stagedRows += numReceived();
+  std::vector<CombineLanding> landings;
+  try {
+    landings = makeLandings();
+  } catch (const Error& error) {
+    abandonRows(context_, Verdict::noRoom, error.what());
+    throw OperationRefused{std::current_exception()};
+  }
+  std::vector<Message> outgoing;
+  for (const CombineLanding& landing : landings) outgoing.push_back(encode(landing));
+  const auto& published = context_.mailbox.exchange(
+      context_.epoch, static_cast<std::uint32_t>(Round::publish), outgoing, "where rows go");
+  std::vector<Status> statuses;
+  for (const Message& message : published) statuses.push_back(decode<Status>(message));
+  requireAll(statuses, "combine");
+
+  std::vector<LandingTarget> targets;
+  for (std::size_t r = 0; r < sources_.size(); ++r) {
+    targets.push_back(bindTarget(r, decode<CombineLanding>(published[r])));
+  }
+  PushSumArguments arguments;
+  describe(arguments.sum);
+  arguments.rows = input();
+  if (weightBytes_ != 0) arguments.weights = inputWeights();
+  arguments.targets = context_.perRank(targets);
+  if (!countsOnHost()) {
+    arguments.firstRowFrom = routing_.count(map_.firstRowFrom());
+    arguments.numKeptFrom = routing_.count(map_.numKeptFrom());
+  }
+  arguments.flags = context_.perRank(flags_);
+  arguments.chunkRows = landingChunkRows(static_cast<std::int64_t>(rowBytes_));
+  arguments.nextChunk = context_.nextChunk;
+  pushAndSumRows(arguments, context_.numSms, context_.stream);
+}
+
+/// How many rows a rank may push: one for each token that was sent to it.
+std::int64_t RowReducer::numRowsOf(std::size_t source) const {
+  if (!countsOnHost()) return handle_.numTokens;
+  return rowsKept(handle_.firstRowAt[source], handle_.plan->numRows[source],
+                  handle_.capacityAt[source]);
+}
+
+/// A place for the rows of each other rank. Each is aligned as rows of any kind may be.
+std::vector<CombineLanding> RowReducer::makeLandings() {
+  std::vector<CombineLanding> landings(sources_.size());
+  std::vector<std::size_t> rowsAt(sources_.size());
+  std::vector<std::size_t> weightsAt(sources_.size());
+  std::size_t bytes = 0;
+  for (std::size_t r = 0; r < sources_.size(); ++r) {
+    bindSpan(r);
+    if (r == self()) continue;
+    rowsAt[r] = bytes;
+    bytes = alignUp(bytes + arrayBytes(numRowsOf(r), rowBytes_), kRegionAlignment);
+    weightsAt[r] = bytes;
+    bytes = alignUp(bytes + arrayBytes(numRowsOf(r), weightBytes_), kRegionAlignment);
+  }
+  context_.arena.noteOperation(bytes);
+  if (auto block = context_.arena.allocate(bytes)) {
+    landing_ = std::move(*block);
+  } else {
+    if (context_.capturing) context_.arena.keepLanding();
+    landing_ = context_.arena.landing(bytes);
+  }
+  context_.keep(landing_.data);
+  const std::int64_t chunkRows = landingChunkRows(static_cast<std::int64_t>(rowBytes_));
+  const ArenaBlock& flags = context_.flags.reserve(
+      context_.arena, landingFlagBytes(context_.size(), handle_.numTokens, chunkRows),
+      context_.stream, context_.capturing);
+  const auto words = static_cast<std::size_t>(landingChunks(handle_.numTokens, chunkRows));
+  for (std::size_t r = 0; r < sources_.size(); ++r) {
+    const std::size_t flagsAt = r * words * sizeof(std::uint64_t);
+    flags_.push_back(reinterpret_cast<const std::uint64_t*>(flags.data.get() + flagsAt));
+    SumSource& source = sources_[r];
+    const bool own = r == self();
+    source.rows = own ? input() : landing_.data.get() + rowsAt[r];
+    if (weightBytes_ != 0) {
+      source.weights = own ? inputWeights()
+                           : reinterpret_cast<const float*>(landing_.data.get() + weightsAt[r]);
+    }
+    landings[r].rows = landings[r].weights = landing_.address;
+    landings[r].rows.offset += rowsAt[r];
+    landings[r].weights.offset += weightsAt[r];
+    landings[r].flags = flags.address;
+    landings[r].flags.offset += flagsAt;
+  }
+  return landings;
+}
+
+LandingTarget RowReducer::bindTarget(std::size_t rank, const CombineLanding& landing) const {
+  LandingTarget target;
+  if (rank == self()) return target;
+  std::int64_t room = handle_.numRows;
+  if (countsOnHost()) {
+    target.firstRow = handle_.firstRowFrom[rank];
+    target.numKept = rowsKept(target.firstRow, handle_.numRowsFrom[rank], handle_.numRows);
+    room = target.numKept;
+  }
+  if (room == 0) return target;
+  const int peer = static_cast<int>(rank);
+  // The owner has a row for each of its tokens, of which the host may not know how many there are.
+  const RowRange range{0, countsOnHost() ? room : 1};
+  target.rows = peerRows(context_, peer, landing.rows, range, rowBytes_, kRegionAlignment);
+  if (weightBytes_ != 0) {
+    target.weights = reinterpret_cast<float*>(
+        peerRows(context_, peer, landing.weights, range, weightBytes_, kRegionAlignment));
+  }
+  target.flags = reinterpret_cast<std::uint64_t*>(
+      peerRows(context_, peer, landing.flags, {0, 1}, sizeof(std::uint64_t),
+               sizeof(std::uint64_t)));
+  return target;
 }
 
 }  // namespace

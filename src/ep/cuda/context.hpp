@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cuda/kernels.hpp"
+#include "cuda/landing_flags.hpp"
 #include "cuda/order.hpp"
 #include "cuda/resources.hpp"
 #include "cuda/streams.hpp"
@@ -18,6 +19,9 @@
 #include "mscclpp_ep/tensor.hpp"
 
 namespace mscclpp_ep::cuda {
+
+/// To which regions of a landing block are aligned: that of any vector.
+inline constexpr std::size_t kRegionAlignment = 128;
 
 /// What moves rows on a GPU.
 struct Movers {
@@ -27,6 +31,8 @@ struct Movers {
   bool capturing;       ///< for a graph, instead of run
   const Order& order;
   Notice* notice;  ///< for what goes wrong on the GPU
+  LandingFlags& flags;
+  std::uint64_t* nextChunk;  ///< in device memory, 0 between kernels
   const std::function<void()>& pollInterrupt;
   int numSms;  ///< that a kernel may use
 };

@@ -267,6 +267,8 @@ void RowMover::exchangeCountsOnGpu() {
   arguments.channelPrefix = routing_.count(map_.channelPrefix());
   arguments.received = routing_.count(map_.perExpert());
   arguments.firstRows = routing_.count(map_.firstRows());
+  arguments.firstRowFrom = routing_.count(map_.firstRowFrom());
+  arguments.numKeptFrom = routing_.count(map_.numKeptFrom());
   arguments.numRows = plan_.numRows;
   arguments.notice = context_.notice;
   arguments.order = context_.order;
@@ -348,6 +350,8 @@ void RowMover::storeCounts() {
     set(map_.prefixMatrix(), r * ranks + self, plan_.firstRowFrom[r] + plan_.numRowsFrom[r]);
     set(map_.sent(), r, request_.routing.plan->numRows[r]);
     set(map_.firstRows(), r, targets_[r].span.firstRow);
+    set(map_.firstRowFrom(), r, plan_.firstRowFrom[r]);
+    set(map_.numKeptFrom(), r, plan_.numKeptFrom()[r]);
   }
   for (std::size_t e = 0; e < plan_.perExpert.size(); ++e) {
     set(map_.perExpert(), e, plan_.perExpert[e]);

@@ -28,7 +28,7 @@ namespace mscclpp_ep::cuda {
 namespace {
 
 /// Warps of a block: first the movers.
-constexpr int kMostMovers = 4;
+constexpr int kMostMovers = 16;
 constexpr int kColumnWarps = 8;
 
 /// Ranks that a row is stored at when it has been loaded.
@@ -38,7 +38,7 @@ constexpr int kFan = EP_FAN;
 constexpr int kFan = 2;
 #endif
 
-constexpr int kMostStages = 32;
+constexpr int kMostStages = 8;
 /// Parts of rows begin with a whole line of memory, if rows do.
 constexpr std::int64_t kPartGranule = 128;
 
@@ -272,25 +272,25 @@ __device__ void moveRows(const BulkContext& context, const PushSplit& split, Blo
   __syncwarp();
 }
 
-/// Tokens that are looked at to tell how many rows go where.
-constexpr std::int64_t kSamples = 512;
-constexpr std::int64_t kMostHeadsSampled = 2048;
+/// Tokens that are looked at to tell how many rows go where; fewer where each has many ranks.
+constexpr int kSamples = 512;
+constexpr int kHeadsSampled = 2048;
 
 /// Counts, of some tokens all over, the rows that stay and those that go to peers. All blocks look
 /// at the same ones. Called by the whole block.
 __device__ void sampleLoad(const PushArguments& push, BlockState& state) {
-  const std::int64_t most = max(kMostHeadsSampled / push.numRanks, static_cast<std::int64_t>(32));
-  const std::int64_t samples = min(push.numTokens, min(kSamples, most));
+  const int samples = min(kSamples, kHeadsSampled / push.numRanks + 1);
+  const std::int64_t step = push.numTokens / samples + 1;
   unsigned own = 0;
   unsigned all = 0;
-  for (std::int64_t i = threadIdx.x; i < samples; i += blockDim.x) {
-    const std::int32_t* heads = push.head + i * push.numTokens / samples * push.numRanks;
+  for (std::int64_t token = threadIdx.x * step; token < push.numTokens; token += blockDim.x * step) {
+    const std::int32_t* heads = push.head + token * push.numRanks;
     for (int rank = 0; rank < push.numRanks; ++rank) all += heads[rank] >= 0 ? 1 : 0;
     own += heads[push.order.rank] >= 0 ? 1 : 0;
   }
   own = __reduce_add_sync(kAllLanes, own);
   all = __reduce_add_sync(kAllLanes, all);
-  if (laneIndex() == 0) {
+  if (laneIndex() == 0 && all != 0) {
     atomicAdd(&state.own, own);
     atomicAdd(&state.peers, all - own);
   }
@@ -413,7 +413,7 @@ BulkContext describe(const PushArguments& arguments, std::int64_t bytes) {
   std::int64_t mostStages = kMostStages;
 #ifdef EP_TUNE
   context.tune = gTune;
-  if (gTune.movers > 0) context.numMovers = gTune.movers;
+  context.numMovers = gTune.movers > 0 ? gTune.movers : static_cast<int>(std::min<std::int64_t>(kMostMovers, bytes / roundUp(std::min<std::int64_t>(arguments.rowBytes, kMostPartBytes), kPartGranule)));
   if (gTune.part > 0) mostPart = gTune.part;
   if (gTune.stages > 0) mostStages = gTune.stages;
 #endif

@@ -2,6 +2,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/layout.hpp"
 #include "cuda/device/order.cuh"
 #include "cuda/kernels.hpp"
 #include "cuda/plan_report.hpp"
@@ -71,6 +72,8 @@ __device__ void placeRows(const ExchangeArguments& exchange, std::uint64_t epoch
   std::int32_t sum = 0;
   for (int rank = 0; rank < order.numRanks; ++rank) {
     std::int32_t& cell = exchange.prefixMatrix[rank * order.numRanks + order.rank];
+    exchange.firstRowFrom[rank] = sum;
+    exchange.numKeptFrom[rank] = static_cast<std::int32_t>(rowsKept(sum, cell, exchange.numRows));
     if (rank == order.rank) {
       exchange.firstRows[rank] = sum;
     } else {
@@ -117,6 +120,9 @@ __device__ void fillShown(const ExchangeArguments& exchange) {
 __device__ void fillNone(const ExchangeArguments& exchange) {
   for (std::int64_t e = threadIdx.x; e < exchange.numLocalExperts; e += blockDim.x) {
     exchange.received[e] = 0;
+  }
+  for (int rank = threadIdx.x; rank < exchange.order.numRanks; rank += blockDim.x) {
+    exchange.numKeptFrom[rank] = 0;
   }
   if (threadIdx.x == 0) *exchange.numRecv = 0;
 }

@@ -174,7 +174,9 @@ struct ExchangeArguments {
   std::int32_t* prefixMatrix = nullptr;     ///< [R, R]
   std::int32_t* channelPrefix = nullptr;    ///< [R]
   std::int32_t* received = nullptr;         ///< [L]
-  std::int32_t* firstRows = nullptr;        ///< [R]
+  std::int32_t* firstRows = nullptr;        ///< [R] of this rank's tokens at each receiver
+  std::int32_t* firstRowFrom = nullptr;     ///< [R] of each sender's tokens here
+  std::int32_t* numKeptFrom = nullptr;      ///< [R] rows of each sender here
   std::int64_t numRows = 0;                 ///< that there is room for
   Notice* notice = nullptr;
   Order order;

@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "core/memory_map.hpp"
 #include "core/packets.hpp"
 #include "mscclpp_ep/error.hpp"
 
@@ -35,13 +36,14 @@ std::uint64_t nanoseconds(double seconds) {
 
 PeerOrder::PeerOrder(Transport& transport, std::uint64_t firstEpoch,
                      std::chrono::duration<double> timeout)
-    : signals_(transport.share(SignalMap(transport.size()).bytes())),
+    : flagsAt_(alignUp(SignalMap(transport.size()).bytes(), kCacheLine)),
+      signals_(transport.share(flagsAt_ + kFlagBytes)),
       epoch_(1),
       blocksDone_(1),
       peers_(static_cast<std::size_t>(transport.size())),
       timeout_(timeout.count()) {
   // Before the ranks connect, and so before any kernel of a peer's raises a word.
-  EP_CUDA_TRY(cudaMemset(signals_.data, 0, SignalMap(transport.size()).bytes()),
+  EP_CUDA_TRY(cudaMemset(signals_.data, 0, flagsAt_ + kFlagBytes),
               "cannot clear the words of the ranks");
   EP_CUDA_TRY(cudaDeviceSynchronize(), "cannot clear the words of the ranks");
   // 0 says that the buffer has failed.
@@ -68,6 +70,11 @@ void PeerOrder::connect(Transport& transport) {
     peers.push_back(reinterpret_cast<std::uint64_t*>(words));
   }
   peers_.write(peers);
+}
+
+ArenaBlock PeerOrder::flags() const {
+  return {{signals_.data + flagsAt_, [owner = signals_.owner](std::byte*) {}},
+          {Access::straight, kSignalSegment, flagsAt_}};
 }
 
 void PeerOrder::throwIfFailed() const {

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "cuda/mapped.hpp"
+#include "host/arena.hpp"
 #include "cuda/order.hpp"
 #include "cuda/resources.hpp"
 #include "transport/transport.hpp"
@@ -23,6 +24,10 @@ class PeerOrder {
 
   const Order& arguments() const { return order_; }
 
+  /// Memory behind the words, zero, for flags.
+  ArenaBlock flags() const;
+  static constexpr std::size_t kFlagBytes = std::size_t{1} << 20;
+
   /// Ends all waits of kernels of this rank, now and later.
   void abort() noexcept { __atomic_store_n(abort_.get(), 1U, __ATOMIC_RELEASE); }
   /// Throws Timeout if a kernel has waited in vain, naming whom it waited for.
@@ -31,6 +36,7 @@ class PeerOrder {
  private:
   Mapped<std::uint32_t> abort_;
   Mapped<WaitFailure> failure_;
+  std::size_t flagsAt_;
   SharedBlock signals_;
   DeviceArray<std::uint64_t> epoch_;
   DeviceArray<unsigned> blocksDone_;

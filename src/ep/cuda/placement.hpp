@@ -15,22 +15,23 @@ namespace mscclpp_ep::cuda {
 /// None is dropped: a graph may refer to it.
 class DevicePlacements {
  public:
-  PlacementArrays get(const ExpertPlacement& placement, cudaStream_t stream) {
+  PlacementArrays get(const ExpertPlacement& placement) {
     const std::int64_t experts = placement.numExperts();
     const auto [at, isNew] = arrays_.try_emplace(experts, static_cast<std::size_t>(2 * experts));
-    if (isNew) store(placement, at->second, stream);
+    if (isNew) store(placement, at->second);
     return {experts, at->second.get(), at->second.get() + experts};
   }
 
  private:
-  static void store(const ExpertPlacement& placement, const DeviceArray<std::int32_t>& array,
-                    cudaStream_t stream) {
+  static void store(const ExpertPlacement& placement, const DeviceArray<std::int32_t>& array) {
     std::vector<std::int32_t> values;
     for (std::int64_t e = 0; e < placement.numExperts(); ++e) values.push_back(placement.owner(e));
     for (std::int64_t e = 0; e < placement.numExperts(); ++e) {
       values.push_back(placement.localIndex(e));
     }
-    storeValues(array.get(), values.data(), static_cast<std::int64_t>(values.size()), stream);
+    doNow([&](cudaStream_t stream) {
+      storeValues(array.get(), values.data(), static_cast<std::int64_t>(values.size()), stream);
+    });
   }
 
   std::map<std::int64_t, DeviceArray<std::int32_t>> arrays_;

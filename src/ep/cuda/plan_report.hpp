@@ -35,13 +35,15 @@ struct Notice {
 class PlanReporter {
  public:
   /// Makes it large enough for so many.
-  void reserve(int numRanks, std::int64_t numExperts, cudaStream_t stream) {
+  void reserve(int numRanks, std::int64_t numExperts) {
     const auto wanted = static_cast<std::size_t>(numRanks + numExperts);
     if (!rooms_.empty() && wanted <= rooms_.back()->wanted) return;
     rooms_.push_back(std::make_unique<Room>(wanted));
-    EP_CUDA_TRY(cudaMemsetAsync(scratch(), 0, Room::scratchCount(wanted) * sizeof(std::int32_t),
-                                stream),
-                "cannot clear memory");
+    doNow([&](cudaStream_t stream) {
+      EP_CUDA_TRY(cudaMemsetAsync(scratch(), 0, Room::scratchCount(wanted) * sizeof(std::int32_t),
+                                  stream),
+                  "cannot clear memory");
+    });
   }
 
   PlanReport* report() const { return reinterpret_cast<PlanReport*>(rooms_.back()->report.get()); }

@@ -60,6 +60,22 @@ class DeviceArray {
   T* data_ = nullptr;
 };
 
+/// Does work on a stream of its own, and waits for it, also while a graph is captured: it is not
+/// part of the graph.
+template <typename Work>
+void doNow(const Work& work) {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  EP_CUDA_TRY(cudaThreadExchangeStreamCaptureMode(&mode), "cannot use a stream");
+  cudaError_t done = cudaSuccess;
+  {
+    const OwnedStream stream;
+    work(stream.get());
+    done = cudaStreamSynchronize(stream.get());
+  }
+  (void)cudaThreadExchangeStreamCaptureMode(&mode);
+  EP_CUDA_TRY(done, "work on the GPU failed");
+}
+
 /// GPU memory that peers do not reach, kept for reuse when its user lets go of it: cudaMalloc and
 /// cudaFree wait for the GPU.
 class DevicePool {

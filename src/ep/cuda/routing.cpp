@@ -80,7 +80,7 @@ void examineRouting(Context& context, PlanReporter& reporter, const PlacementArr
              "num_worst_tokens is 0, so that the host would wait for counts, which it cannot while "
              "a graph is captured; give num_worst_tokens, or a handle");
   const auto routing = makeRouting(context, request);
-  reporter.reserve(context.size(), placement.numExperts, context.stream);
+  reporter.reserve(context.size(), placement.numExperts);
   PlanArguments plan;
   plan.inRank = static_cast<const std::uint8_t*>(request.inputs.isTokenInRank.data);
   plan.numTokens = request.numTokens;

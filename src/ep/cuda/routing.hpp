@@ -25,9 +25,13 @@ class CountsMap {
   std::int64_t sent() const { return prefixMatrix() + ranks_ * ranks_; }
   std::int64_t channelPrefix() const { return sent() + ranks_; }
   std::int64_t perExpert() const { return channelPrefix() + ranks_; }
-  /// Row of this rank's first token at each receiver. The handle does not show it.
+  // The handle does not show these.
+  /// Row of this rank's first token at each receiver.
   std::int64_t firstRows() const { return perExpert() + experts_; }
-  std::int64_t size() const { return firstRows() + ranks_; }
+  /// Row here of each sender's first token, and how many of its rows there are.
+  std::int64_t firstRowFrom() const { return firstRows() + ranks_; }
+  std::int64_t numKeptFrom() const { return firstRowFrom() + ranks_; }
+  std::int64_t size() const { return numKeptFrom() + ranks_; }
 
  private:
   std::int64_t ranks_;

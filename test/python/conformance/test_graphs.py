@@ -8,7 +8,8 @@ import pytest
 from harness.cases import Case
 from harness.programs import graphs
 
-pytestmark = pytest.mark.gpu_only
+# Torch captures one graph at a time in a process.
+pytestmark = [pytest.mark.gpu_only, pytest.mark.ranks(1, 2, 3, 4, 8, modes=("process",))]
 
 CASES = [
     Case("plain", tokens=(20, 7, 33, 5)),
@@ -22,7 +23,7 @@ def test_replays(ranks, case, seed):
     ranks.check(graphs.replays, case, seed, 10)
 
 
-@pytest.mark.ranks(2)
+@pytest.mark.ranks(2, modes=("process",))
 def test_a_thousand_replays(ranks, seed):
     ranks.check(graphs.replays, Case(tokens=(32, 17)), seed, 1000)
 
@@ -31,6 +32,6 @@ def test_cached_dispatch(ranks, seed):
     ranks.check(graphs.cached, Case(tokens=(20, 7, 33, 5)), seed)
 
 
-@pytest.mark.ranks(2)
+@pytest.mark.ranks(2, modes=("process",))
 def test_without_room(ranks, seed):
     ranks.check(graphs.without_room, seed)

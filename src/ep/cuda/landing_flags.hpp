@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: MIT
+#ifndef MSCCLPP_EP_CUDA_LANDING_FLAGS_HPP_
+#define MSCCLPP_EP_CUDA_LANDING_FLAGS_HPP_
+
+#include <algorithm>
+#include <cstddef>
+#include <utility>
+#include <vector>
+
+#include "host/arena.hpp"
+#include "transport/cuda_check.hpp"
+
+namespace mscclpp_ep::cuda {
+
+/// Flags of rows that peers push here, in memory that is zero at first and is nothing else ever.
+class LandingFlags {
+ public:
+  /// Begins with memory that is zero.
+  LandingFlags(ArenaBlock first, std::size_t bytes) { blocks_.push_back({std::move(first), bytes}); }
+
+  /// So many bytes. Throws SystemError if the arena has no room for them.
+  const ArenaBlock& reserve(Arena& arena, std::size_t bytes, cudaStream_t stream, bool capturing) {
+    if (bytes > blocks_.back().bytes) add(arena, bytes, stream, capturing);
+    return blocks_.back().block;
+  }
+
+ private:
+  struct Flags {
+    ArenaBlock block;
+    std::size_t bytes;
+  };
+
+  void add(Arena& arena, std::size_t bytes, cudaStream_t stream, bool capturing) {
+    EP_EXPECTS(!capturing, "a combine of so many tokens has to be made once before it is captured");
+    // Twice as many as before, so that there are few blocks.
+    const std::size_t wanted = std::max(bytes, 2 * blocks_.back().bytes);
+    auto block = arena.allocate(wanted);
+    if (!block) throw SystemError(cat("the arena has no room for ", wanted, " bytes of flags"));
+    EP_CUDA_TRY(cudaMemsetAsync(block->data.get(), 0, wanted, stream), "cannot clear flags");
+    blocks_.push_back({std::move(*block), wanted});
+  }
+
+  std::vector<Flags> blocks_;  ///< also those too small: graphs refer to them
+};
+
+}  // namespace mscclpp_ep::cuda
+
+#endif  // MSCCLPP_EP_CUDA_LANDING_FLAGS_HPP_
