@@ -96,6 +96,7 @@ class Buffer(LowLatencyMethods):
         timeout: float = 100.0,
         max_arena_bytes: int = 0,
         num_threads: int = 0,
+        sm_margin: int = 0,
         integrity_check: bool = False,
         expert_map: Sequence[int] | None = None,
         first_epoch: int = 1,
@@ -129,6 +130,8 @@ class Buffer(LowLatencyMethods):
                 that one operation may receive. 0: half of the memory that is free, over the ranks
                 of this host.
             num_threads: Threads that move data for this rank; 0: cores over ranks of this host.
+            sm_margin: Multiprocessors of a GPU that are left to others, whatever `num_sms` calls
+                ask for. Ranks of one process that share a GPU share the rest.
             integrity_check: Send a checksum and a tag (source rank, token, epoch) with each row,
                 and compare them where it arrives. Damage is a `PeerFailure` that names the row, and
                 ends the buffer. The same on every rank.
@@ -162,6 +165,7 @@ class Buffer(LowLatencyMethods):
                 "max_arena_bytes": integer("max_arena_bytes", max_arena_bytes),
                 "timeout": number("timeout", timeout),
                 "num_threads": integer("num_threads", num_threads, bits=31),
+                "sm_margin": integer("sm_margin", sm_margin, bits=31),
                 "ranks_per_domain": integer("ranks_per_domain", ranks_per_domain, bits=31),
                 "expert_map": [integer("expert_map", rank, bits=31) for rank in ranks],
                 "integrity_check": bool(integrity_check),

@@ -143,6 +143,7 @@ void bindOptions(nb::module_& m) {
       .def_rw("arena_bytes", &BufferOptions::arenaBytes)
       .def_rw("max_arena_bytes", &BufferOptions::maxArenaBytes)
       .def_rw("num_threads", &BufferOptions::numThreads)
+      .def_rw("sm_margin", &BufferOptions::smMargin)
       .def_rw("ranks_per_domain", &BufferOptions::ranksPerDomain)
       .def_rw("expert_map", &BufferOptions::expertMap)
       .def_rw("integrity_check", &BufferOptions::integrityCheck)

@@ -55,6 +55,7 @@ class CudaBackend final : private Resources, public HostBackend {
                     static_cast<std::size_t>(options.arenaBytes), bufferId, makeFence()),
         device_(options.device.index),
         deviceSms_(multiprocessors(options.device.index)),
+        smMargin_(options.smMargin),
         pollInterrupt_(options.pollInterrupt),
         pool_(makeFence()) {
     const CurrentDevice current(device_);
@@ -118,11 +119,12 @@ class CudaBackend final : private Resources, public HostBackend {
   /// The kernels of ranks that share the GPU wait for each other, and must all fit on it.
   int smsFor(const CallOptions& call) const {
     const int wanted = call.numSms > 0 ? call.numSms : kDefaultSms;
-    return std::clamp(wanted, 1, std::max(deviceSms_ / ranksOnDevice(device_), 1));
+    return std::clamp(wanted, 1, std::max((deviceSms_ - smMargin_) / ranksOnDevice(device_), 1));
   }
 
   const int device_;
   const int deviceSms_;
+  const int smMargin_;
   const std::function<void()> pollInterrupt_;
   DevicePool pool_;
   PlanReporter reporter_;

@@ -61,7 +61,7 @@ void launch(const SumArguments& arguments, int numSms, cudaStream_t stream) {
   sum.parts = cutIntoParts(arguments.numTokens, sum.context.rows.rowBytes, sms);
 #ifdef EP_TUNE
   if (std::getenv("PIPES")) sum.pipes = std::atoi(std::getenv("PIPES"));
-  if (std::getenv("FENCE")) sum.fence = std::atoi(std::getenv("FENCE"));
+  if (std::getenv("LOADERS")) sum.loaders = std::atoi(std::getenv("LOADERS"));
   if (std::getenv("PARTS"))
     sum.parts = cutIntoParts(arguments.numTokens, sum.context.rows.rowBytes,
                              std::atoi(std::getenv("PARTS")) * arguments.numTokens);

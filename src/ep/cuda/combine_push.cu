@@ -141,6 +141,7 @@ void launchBulk(const PushSumArguments& arguments, const PushSumShape& shape, cu
   all.push.context = describePush(arguments, rowBytes, shape.pushers);
   all.push.pieceBytes = shape.firstSummer < shape.pushers ? 8192 : 16384;
 #ifdef EP_TUNE
+  if (std::getenv("LOADERS")) all.sum.loaders = std::atoi(std::getenv("LOADERS"));
   if (std::getenv("PIPES")) all.sum.pipes = std::atoi(std::getenv("PIPES"));
   if (std::getenv("PIECE")) all.push.pieceBytes = std::atoi(std::getenv("PIECE"));
 #endif

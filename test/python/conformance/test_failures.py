@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from harness import steps
-from harness.programs import failures
+from harness.programs import failures, torrent
 
 TIMEOUT = 20.0
 SHORT = 1.0
@@ -77,6 +77,18 @@ def test_killed_at_work(doomed, size, seed):
     run = pool.start(failures.killed_at_work, victim, 2 + seed % 7, TIMEOUT, seed)
     run.report(victim)
     os.kill(pool.pids()[victim], signal.SIGKILL)
+    outcomes = run.result()
+    expect_death_of(victim, outcomes)
+    expect_named(victim, outcomes)
+    expect_nothing_left(pool, before)
+
+
+@pytest.mark.gpu_only
+@pytest.mark.parametrize("size", [2, 4])
+def test_killed_in_its_kernel(doomed, size, seed):
+    pool, victim = doomed(size), size - 1
+    before = leftovers(pool)
+    run = pool.start(torrent.killed_in_kernel, victim, 3.0, seed)
     outcomes = run.result()
     expect_death_of(victim, outcomes)
     expect_named(victim, outcomes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.programs import sequences
+from harness.programs import sequences, torrent
 
 
 @pytest.mark.slow
@@ -18,6 +18,32 @@ def test_soak(ranks, seed):
 @pytest.mark.ranks(8)
 def test_soak_with_more_ranks_than_cores(ranks, seed):
     ranks.check(sequences.soak, 200, seed, timeout=120)
+
+
+@pytest.mark.gpu_only
+@pytest.mark.ranks(2, 4)
+def test_short_torrent(ranks, seed):
+    ranks.check(torrent.torrent, 200, seed)
+
+
+@pytest.mark.gpu_only
+@pytest.mark.slow
+@pytest.mark.ranks(2, 4, modes=("thread",))
+def test_torrent(ranks, seed):
+    ranks.check(torrent.torrent, 10_000, seed, timeout=240)
+
+
+@pytest.mark.gpu_only
+@pytest.mark.slow
+@pytest.mark.ranks(8)
+def test_torrent_of_many_ranks(ranks, seed):
+    ranks.check(torrent.torrent, 200, seed, timeout=240)
+
+
+@pytest.mark.gpu_only
+@pytest.mark.ranks(1, 2, modes=("thread",))  # which have enough queues for it: see gpu.sh
+def test_calls_overlap(ranks, seed):
+    ranks.check(torrent.overlaps, seed)
 
 
 @pytest.mark.cpu_only

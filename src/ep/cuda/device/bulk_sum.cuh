@@ -19,7 +19,8 @@ namespace mscclpp_ep::cuda {
 // than it can hide. Then come other warps, of which these are only there if there are weights.
 inline constexpr int kPipes = 2;
 inline constexpr int kSumWarps = 8;
-inline constexpr int kPipeWarps = 1 + kSumWarps;
+inline constexpr int kLoadWarps = 2;
+inline constexpr int kPipeWarps = kLoadWarps + kSumWarps;
 inline constexpr int kWeightWarps = 3;
 inline constexpr int kSumThreads = kSumWarps * kWarpSize;
 
@@ -91,7 +92,7 @@ struct BulkSum {
   SumContext context;
   RowParts parts;
   int pipes = kPipes;
-  int fence = 0;
+  int loaders = kLoadWarps;
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -153,25 +154,31 @@ class SummandScan {
   std::int32_t ordinal_;
 };
 
-/// Loads the rows of the pipe's items. With `kLanded`, ends early if one does not come. Called by
-/// one warp, whose first lane issues all loads.
+/// Loads the rows of the pipe's items: as the `loader`th of those that take turns. With `kLanded`,
+/// does not wait for rows any more once one has not come. Called by a warp, whose first lane issues
+/// all loads.
 template <bool kLanded>
 __device__ void loadSummands(const BulkSum& sum, const ItemRange& items, std::uint64_t epoch,
-                             SumRing& ring, std::byte* stages) {
+                             SumRing& ring, std::byte* stages, int loader) {
   RingPosition at(ring.barriers.size);
-  bool fine = true;
+  int turn = 0;
+  bool waits = kLanded;
   fenceGlobalProxy();
-  for (SummandScan scan(sum, items); fine && scan.more();) {
+  for (SummandScan scan(sum, items); scan.more();) {
     std::int64_t item = 0;
     Part part;
     const Summand mine = scan.template take<kLanded>(item, part);
-    unsigned landed = kLanded ? 0 : kAllLanes;
-    for (unsigned lanes = __ballot_sync(kAllLanes, mine.row != nullptr); lanes != 0;) {
+    unsigned landed = waits ? 0 : kAllLanes;
+    for (unsigned lanes = __ballot_sync(kAllLanes, mine.row != nullptr); lanes != 0;
+         at.advance()) {
       const int lane = takeLowest(lanes);
+      const bool isMine = turn == loader;
+      if (++turn == sum.loaders) turn = 0;
+      if (!isMine) continue;
       if (kLanded && (landed >> lane & 1u) == 0) {
         landed = awaitLanes(sum.context.order, epoch, mine, 1u << lane);
-        fine = landed != 0;
-        if (!fine) break;
+        waits = landed != 0;
+        if (!waits) landed = kAllLanes;
         __syncwarp();
         fenceGlobalProxy();
       }
@@ -181,19 +188,15 @@ __device__ void loadSummands(const BulkSum& sum, const ItemRange& items, std::ui
       if (laneIndex() == 0) {
         // Those that summed what was here have read it; what follows cannot overtake that.
         ring.barriers.awaitEmpty(at);
-#ifdef EP_TUNE
-        if (sum.fence) fenceSharedProxy();
-#endif
         ring.items[at.place()] = itsItem;
         arriveExpecting(&ring.barriers.full[at.place()], bytes);
         bulkLoad(stages + at.place() * sum.parts.partBytes, from, bytes,
                  &ring.barriers.full[at.place()]);
       }
       __syncwarp();
-      at.advance();
     }
   }
-  if (laneIndex() == 0) {
+  if (laneIndex() == 0 && turn == loader) {
     ring.barriers.awaitEmpty(at);
     ring.items[at.place()] = items.count;
     arrive(&ring.barriers.full[at.place()]);
@@ -306,8 +309,10 @@ __device__ void runPipe(const BulkSum& sum, std::int64_t block, std::int64_t blo
       ItemRange::of(sum.parts.numItems, block + pipe * blocks, blocks * sum.pipes);
   std::byte* mine = stages + pipe * ring.barriers.size * sum.parts.partBytes;
   const int role = warp - pipe * kPipeWarps;
-  if (role == 0) return loadSummands<kLanded>(sum, items, epoch, ring, mine);
-  sumParts<Element>(sum, items, ring, mine, (role - 1) * kWarpSize + laneIndex());
+  if (role >= kLoadWarps) {
+    return sumParts<Element>(sum, items, ring, mine, (role - kLoadWarps) * kWarpSize + laneIndex());
+  }
+  if (role < sum.loaders) loadSummands<kLanded>(sum, items, epoch, ring, mine, role);
 }
 
 /// Sums the weights of the block's tokens. Called by some threads, each for its own.

@@ -33,6 +33,9 @@ struct BufferOptions {
   /// Threads that move data for this rank, its caller included. 0: cores over ranks on this host.
   int numThreads = 0;
 
+  /// Multiprocessors of a GPU that are left to others, whatever calls ask for.
+  int smMargin = 0;
+
   /// Ranks that share memory. 0: found at run time.
   int ranksPerDomain = 0;
 
