@@ -18,6 +18,12 @@ def build_info() -> dict[str, str]:
 def is_cuda_built() -> bool:
     """Whether this build has the CUDA backend."""
 
+def cuda_devices() -> list[dict[str, Any]]:
+    """What the GPUs of this process are."""
+
+def cuda_versions() -> tuple[int, int]:
+    """Of the runtime and the driver, as CUDA numbers them; 0: there is none."""
+
 def cuda_device_count() -> int:
     """GPUs that this process can use."""
 
@@ -127,6 +133,24 @@ class PendingDispatch:
     @property
     def num_recv_tokens_per_expert(self) -> list[int]: ...
 
+class HandleFields:
+    """Counts of a handle in the memory of the GPU."""
+
+    @property
+    def num_recv_tokens(self) -> Tensor: ...
+
+    @property
+    def num_recv_tokens_per_expert(self) -> Tensor: ...
+
+    @property
+    def rank_prefix_matrix(self) -> Tensor: ...
+
+    @property
+    def num_send_tokens(self) -> Tensor: ...
+
+    @property
+    def channel_prefix(self) -> Tensor: ...
+
 class DispatchHandle:
     """What a dispatch leaves for combine."""
 
@@ -150,6 +174,9 @@ class DispatchHandle:
 
     @property
     def recv_rank_prefix_sum(self) -> list[int]: ...
+
+    @property
+    def fields(self) -> HandleFields: ...
 
     @property
     def recv_source_index(self) -> Tensor: ...
@@ -215,6 +242,12 @@ class BufferOptions:
     def num_threads(self, arg: int, /) -> None: ...
 
     @property
+    def sm_margin(self) -> int: ...
+
+    @sm_margin.setter
+    def sm_margin(self, arg: int, /) -> None: ...
+
+    @property
     def ranks_per_domain(self) -> int: ...
 
     @ranks_per_domain.setter
@@ -277,6 +310,11 @@ class BufferStats:
     @property
     def staged_rows(self) -> int: ...
 
+class Ordering:
+    """How a call is ordered with other work on a GPU."""
+
+    def __init__(self, stream: int | None = None, previous: Event | None = None, asynchronous: bool = False, num_sms: int = 0) -> None: ...
+
 class Operation(enum.Enum):
     """The collective operations."""
 
@@ -319,7 +357,16 @@ class Buffer:
     @property
     def ranks_per_domain(self) -> int: ...
 
-    def empty(self, shape: Sequence[int], dtype: DataType, arena: bool) -> Tensor: ...
+    def empty(self, shape: Sequence[int], dtype: DataType, arena: bool, stream: int | None = None) -> Tensor: ...
+
+    def read_counts(self, handle: DispatchHandle) -> list[int]: ...
+
+    def record_stream(self, stream: int) -> None: ...
+
+    def time_push(self, num_bytes: int, num_sms: int, repeats: int) -> list[float]:
+        """
+        Seconds in which each rank writes so many bytes to the next one; collective.
+        """
 
     def check(self) -> None: ...
 
@@ -338,17 +385,17 @@ class Buffer:
     @property
     def destroyed(self) -> bool: ...
 
-    def get_dispatch_layout(self, topk_idx: View, num_experts: int, stream: int | None = None) -> tuple[Tensor, Tensor, Tensor]: ...
+    def get_dispatch_layout(self, topk_idx: View, num_experts: int, ordering: Ordering) -> tuple[Tensor, Tensor, Tensor]: ...
 
-    def begin_dispatch(self, x: View | None, scales: View | None, is_token_in_rank: View | None, num_tokens_per_rank: View | None, num_tokens_per_expert: View | None, topk_idx: View | None, topk_weights: View | None, expert_alignment: int, num_worst_tokens: int, stream: int | None = None, num_sms: int = 0) -> PendingDispatch: ...
+    def begin_dispatch(self, x: View | None, scales: View | None, is_token_in_rank: View | None, num_tokens_per_rank: View | None, num_tokens_per_expert: View | None, topk_idx: View | None, topk_weights: View | None, expert_alignment: int, num_worst_tokens: int, ordering: Ordering) -> PendingDispatch: ...
 
-    def begin_cached_dispatch(self, x: View | None, scales: View | None, handle: DispatchHandle, stream: int | None = None, num_sms: int = 0) -> PendingDispatch: ...
+    def begin_cached_dispatch(self, x: View | None, scales: View | None, handle: DispatchHandle, ordering: Ordering) -> PendingDispatch: ...
 
     def finish_dispatch(self, pending: PendingDispatch, x: Tensor | None, scales: Tensor | None, topk_idx: Tensor | None, topk_weights: Tensor | None) -> DispatchHandle: ...
 
     def abandon_dispatch(self, pending: PendingDispatch, why: str) -> None: ...
 
-    def combine(self, x: View | None, handle: DispatchHandle, topk_weights: View | None, bias0: View | None, bias1: View | None, out: Tensor, out_weights: Tensor | None, stream: int | None = None, num_sms: int = 0) -> None: ...
+    def combine(self, x: View | None, handle: DispatchHandle, topk_weights: View | None, bias0: View | None, bias1: View | None, out: Tensor, out_weights: Tensor | None, ordering: Ordering) -> None: ...
 
     def refuse(self, operation: Operation, why: str) -> None: ...
 
@@ -411,5 +458,7 @@ class Event:
 
     def wait(self, stream: int) -> None:
         """Makes a stream wait for the event."""
+
+    def passed(self) -> bool: ...
 
     def synchronize(self) -> None: ...

@@ -90,8 +90,7 @@ PendingDispatch beginDispatch(Buffer& buffer, const View* x, const View* scales,
   return buffer.beginDispatch(
       {viewOf(x), viewOf(scales), viewOf(topkIdx), viewOf(topkWeights), viewOf(isTokenInRank),
        viewOf(numTokensPerRank), viewOf(numTokensPerExpert)},
-      {.expertAlignment = expertAlignment, .numWorstTokens = numWorstTokens},
-      ordering.call);
+      {.expertAlignment = expertAlignment, .numWorstTokens = numWorstTokens}, ordering.call);
 }
 
 PendingDispatch beginCachedDispatch(Buffer& buffer, const View* x, const View* scales,

@@ -82,8 +82,7 @@ void validateOptions(const BufferOptions& options, int numRanks) {
              "; it must not be negative (0: a default by the memory that is free)");
   EP_EXPECTS(options.numThreads >= 0 && options.numThreads <= 1024, "num_threads is ",
              options.numThreads, "; it must be 0 (a default) to 1024");
-  EP_EXPECTS(options.smMargin >= 0, "sm_margin is ", options.smMargin,
-             "; it must not be negative");
+  EP_EXPECTS(options.smMargin >= 0, "sm_margin is ", options.smMargin, "; it must not be negative");
   EP_EXPECTS(options.ranksPerDomain >= 0, "ranks_per_domain is ", options.ranksPerDomain,
              "; it must not be negative (0: found at run time)");
   if (options.ranksPerDomain != 0 && options.ranksPerDomain < numRanks) {

@@ -92,8 +92,7 @@ class CudaBackend final : private Resources, public HostBackend {
                                               const DispatchOutputs& outputs) override {
     const CurrentDevice current(device_);
     Context now = context(request.call);
-    return cuda::moveRows(now, placements_.get(*request.placement), request, plan,
-                          outputs);
+    return cuda::moveRows(now, placements_.get(*request.placement), request, plan, outputs);
   }
   void combineRows(const CombineRequest& request) override {
     const CurrentDevice current(device_);
@@ -190,10 +189,10 @@ std::vector<std::int64_t> CudaBackend::readCounts(const HandleState& handle) {
   std::vector<std::int32_t> counts(static_cast<std::size_t>(1 + routing.numLocalExperts));
   const CountsMap map(context_.size(), routing.numLocalExperts);
   const auto copy = [&](std::int32_t* out, std::int64_t at, std::int64_t count) {
-    EP_CUDA_TRY(cudaMemcpy(out, routing.count(at),
-                           static_cast<std::size_t>(count) * sizeof(std::int32_t),
-                           cudaMemcpyDeviceToHost),
-                "cannot read the counts of a handle");
+    EP_CUDA_TRY(
+        cudaMemcpy(out, routing.count(at), static_cast<std::size_t>(count) * sizeof(std::int32_t),
+                   cudaMemcpyDeviceToHost),
+        "cannot read the counts of a handle");
   };
   copy(counts.data(), map.numRecv(), 1);
   copy(counts.data() + 1, map.perExpert(), routing.numLocalExperts);

@@ -77,7 +77,7 @@ class RowReducer {
   const std::size_t rowBytes_;
   const std::size_t weightBytes_;
   std::vector<SumSource> sources_;
-  ArenaBlock landing_;  ///< for what peers push here, or read
+  ArenaBlock landing_;                       ///< for what peers push here, or read
   std::vector<const std::uint64_t*> flags_;  ///< [R] of what others push here
 };
 
@@ -177,8 +177,8 @@ void RowReducer::bindReadable(std::size_t rank, const CombineEntry& entry) {
   if (noRows || source.span.capacity == 0) return;
   const int peer = static_cast<int>(rank);
   const RowRange range{0, source.span.capacity};
-  source.rows = peerRows(context_, peer, entry.rows, range, rowBytes_,
-                         itemSize(request_.inputs.x.dtype));
+  source.rows =
+      peerRows(context_, peer, entry.rows, range, rowBytes_, itemSize(request_.inputs.x.dtype));
   if (weightBytes_ == 0) return;
   source.weights = reinterpret_cast<const float*>(
       peerRows(context_, peer, entry.weights, range, weightBytes_, sizeof(float)));
@@ -262,8 +262,8 @@ std::vector<CombineLanding> RowReducer::makeLandings() {
     const bool own = r == self();
     source.rows = own ? input() : landing_.data.get() + rowsAt[r];
     if (weightBytes_ != 0) {
-      source.weights = own ? inputWeights()
-                           : reinterpret_cast<const float*>(landing_.data.get() + weightsAt[r]);
+      source.weights =
+          own ? inputWeights() : reinterpret_cast<const float*>(landing_.data.get() + weightsAt[r]);
     }
     landings[r].rows = landings[r].weights = landing_.address;
     landings[r].rows.offset += rowsAt[r];
@@ -292,9 +292,8 @@ LandingTarget RowReducer::bindTarget(std::size_t rank, const CombineLanding& lan
     target.weights = reinterpret_cast<float*>(
         peerRows(context_, peer, landing.weights, range, weightBytes_, kRegionAlignment));
   }
-  target.flags = reinterpret_cast<std::uint64_t*>(
-      peerRows(context_, peer, landing.flags, {0, 1}, sizeof(std::uint64_t),
-               sizeof(std::uint64_t)));
+  target.flags = reinterpret_cast<std::uint64_t*>(peerRows(
+      context_, peer, landing.flags, {0, 1}, sizeof(std::uint64_t), sizeof(std::uint64_t)));
   return target;
 }
 

@@ -61,7 +61,6 @@ void launch(const SumArguments& arguments, int numSms, cudaStream_t stream) {
   sum.parts = cutIntoParts(arguments.numTokens, sum.context.rows.rowBytes, sms);
 #ifdef EP_TUNE
   if (std::getenv("PIPES")) sum.pipes = std::atoi(std::getenv("PIPES"));
-  if (std::getenv("LOADERS")) sum.loaders = std::atoi(std::getenv("LOADERS"));
   if (std::getenv("PARTS"))
     sum.parts = cutIntoParts(arguments.numTokens, sum.context.rows.rowBytes,
                              std::atoi(std::getenv("PARTS")) * arguments.numTokens);
@@ -75,8 +74,7 @@ void launch(const SumArguments& arguments, int numSms, cudaStream_t stream) {
   const int bytes = sum.pipes * numStages * static_cast<int>(sum.parts.partBytes);
   allowSharedBytes(bulkSumKernel<Element>, bytes);
   const auto blocks = static_cast<unsigned>(std::clamp<std::int64_t>(sum.parts.numItems, 1, sms));
-  const int warps =
-      sum.pipes * kPipeWarps + (arguments.outWeights != nullptr ? kWeightWarps : 0);
+  const int warps = sum.pipes * kPipeWarps + (arguments.outWeights != nullptr ? kWeightWarps : 0);
   bulkSumKernel<Element><<<blocks, warps * kWarpSize, bytes, stream>>>(sum, numStages);
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that sums rows");
 }

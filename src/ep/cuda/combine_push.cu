@@ -36,8 +36,8 @@ namespace {
 
 /// How many places the rings of a block have, if it has one of them or both.
 struct RingSizes {
-  int stages[2] = {};  ///< of rows to be summed, a pipe: alone, and beside pieces
-  int pieces[2] = {};  ///< to be pushed: alone, and beside stages
+  int stages[2] = {};           ///< of rows to be summed, a pipe: alone, and beside pieces
+  int pieces[2] = {};           ///< to be pushed: alone, and beside stages
   std::int64_t stageBytes = 0;  ///< of all stages that are beside pieces
 };
 
@@ -141,7 +141,6 @@ void launchBulk(const PushSumArguments& arguments, const PushSumShape& shape, cu
   all.push.context = describePush(arguments, rowBytes, shape.pushers);
   all.push.pieceBytes = shape.firstSummer < shape.pushers ? 8192 : 16384;
 #ifdef EP_TUNE
-  if (std::getenv("LOADERS")) all.sum.loaders = std::atoi(std::getenv("LOADERS"));
   if (std::getenv("PIPES")) all.sum.pipes = std::atoi(std::getenv("PIPES"));
   if (std::getenv("PIECE")) all.push.pieceBytes = std::atoi(std::getenv("PIECE"));
 #endif
@@ -152,7 +151,8 @@ void launchBulk(const PushSumArguments& arguments, const PushSumShape& shape, cu
   const int warps = all.sum.pipes * kPipeWarps + kPushWarps +
                     (arguments.sum.outWeights != nullptr ? kWeightWarps : 0);
   bulkPushSumKernel<Element>
-      <<<static_cast<unsigned>(shape.blocks), warps * kWarpSize, static_cast<int>(room), stream>>>(all);
+      <<<static_cast<unsigned>(shape.blocks), warps * kWarpSize, static_cast<int>(room), stream>>>(
+          all);
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that pushes and sums rows");
 }
 

@@ -88,7 +88,7 @@ class RowMover {
   OutputColumn outputs_[kNumColumns];
   Tensor sourceIndex_;
   ArenaBlock landing_;
-  ArenaBlock incoming_;                    ///< packets of counts
+  ArenaBlock incoming_;  ///< packets of counts
   std::vector<PushTarget> targets_;
   std::vector<std::uint64_t*> outgoing_;  ///< likewise, at each rank
 };
@@ -256,8 +256,7 @@ ScaleArray scalesOf(const TensorView& scales) {
 void RowMover::exchangeCountsOnGpu() {
   ExchangeArguments arguments;
   arguments.sent = routing_.count(map_.sent());
-  arguments.perExpert =
-      static_cast<const std::int32_t*>(request_.inputs.numTokensPerExpert.data);
+  arguments.perExpert = static_cast<const std::int32_t*>(request_.inputs.numTokensPerExpert.data);
   arguments.placement = placement_;
   arguments.numLocalExperts = routing_.numLocalExperts;
   arguments.outgoing = context_.perRank(outgoing_);

@@ -1,16 +1,15 @@
 // SPDX-License-Identifier: MIT
-// Rows go through shared memory by bulk copies, which one thread of a warp drives: a mover. It
-// finds the tokens that are for the ranks that its block serves, loads each row once, and stores it
-// up to kFan times. The other warps of the block write the small columns meanwhile. Movers load
-// while peers are waited for; those of rows that stay here do not wait at all.
+// Rows go through shared memory by bulk copies. Each of a block's movers is a warp with a buffer:
+// it finds tokens that go to the ranks that its block serves, and one of its threads loads a row
+// and stores it at up to kFan ranks. A thread takes about half a microsecond to issue that and
+// waits for longer, so there are as many movers as buffers have room: they keep each other's time
+// busy without a word. The other warps of the block write the small columns meanwhile. Movers begin
+// to load while peers are waited for; those of rows that stay here do not wait for peers at all.
 #include <algorithm>
-#include <array>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <string_view>
 
+#include "cuda/device/bulk_launch.cuh"
 #include "cuda/device/columns.cuh"
 #include "cuda/device/order.cuh"
 #include "cuda/device/ptx.cuh"
@@ -21,63 +20,43 @@
 
 namespace mscclpp_ep::cuda {
 
-#ifdef EP_TUNE
-#include "tune.hpp"
-#endif
-
 namespace {
 
-/// Warps of a block: first the movers.
+// Warps of a block: first the movers.
 constexpr int kMostMovers = 16;
 constexpr int kColumnWarps = 8;
+constexpr int kMostWarps = kMostMovers + kColumnWarps;
 
-/// Ranks that a row is stored at when it has been loaded.
-#ifdef EP_FAN
-constexpr int kFan = EP_FAN;
-#else
-constexpr int kFan = 2;
-#endif
-
-constexpr int kMostStages = 8;
-/// Parts of rows begin with a whole line of memory, if rows do.
+/// Buffers, and hence parts of rows, begin with a whole line of memory if rows do.
 constexpr std::int64_t kPartGranule = 128;
 
 struct BulkContext {
   PushArguments push;
-  std::uint32_t stageBytes = 0;     ///< of all parts of a row but the last
+  std::uint32_t partBytes = 0;      ///< of all parts of a row but the last
   std::uint32_t lastPartBytes = 0;  ///< of the last
   std::int64_t numParts = 1;
-  int numStages = 0;  ///< a mover's
-  int numMovers = 1;  ///< a block's
-#ifdef EP_TUNE
-  Tune tune;
-#endif
+  int numMovers = 1;  ///< of a block
 };
 
-/// A part of a row on its way through shared memory.
-struct Stage {
-  std::uint64_t loaded;  ///< a barrier
-  std::byte* out[kFan];
-  std::uint32_t bytes;
-};
-
+/// What a block knows in common.
 struct BlockState {
-  Stage stages[kMostMovers][kMostStages];
-  std::uint64_t decided;  ///< a barrier: whether the peers are there is known
-  bool entered;
-  std::uint64_t epoch;  ///< 0: the operation has failed
-  unsigned own;         ///< rows seen that stay here
-  unsigned peers;       ///< rows seen that go elsewhere
+  std::uint64_t loaded[kMostMovers];  ///< barriers: a mover's buffer is full
+  std::uint64_t decided;              ///< a barrier: whether the peers are there is known
+  bool entered;                       ///< they are
+  std::uint64_t epoch;                ///< 0: the operation has failed
+  unsigned own[kMostWarps];           ///< rows that a warp has seen that stay here
+  unsigned peers[kMostWarps];         ///< rows that it has seen that go elsewhere
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-#ifdef EP_TUNE
-constexpr int kStoresAhead = EP_STORES_AHEAD;
-#else
-/// Stores of a mover that may be reading their stages when it loads into the next.
-constexpr int kStoresAhead = 4;
-#endif
+/// Ranks that a row is stored at when it has been loaded.
+constexpr int kFan = 2;
+
+/// Where a row goes; null: nowhere.
+struct RowPlaces {
+  std::byte* at[kFan];
+};
 
 /// Waits until it is known whether the peers are there.
 __device__ __forceinline__ bool awaitEntry(BlockState& state) {
@@ -85,55 +64,31 @@ __device__ __forceinline__ bool awaitEntry(BlockState& state) {
   return *static_cast<volatile bool*>(&state.entered);
 }
 
-/// A mover's stages, in turn: a part is loaded into one while parts in others are stored. Of one
-/// thread.
-class Ring {
+/// A mover's buffer. Of one thread.
+class Carrier {
  public:
-  __device__ Ring(const BulkContext& context, BlockState& state, std::byte* buffers, int mover,
-                  bool toPeers)
-      : state_(state),
-        stages_(state.stages[mover]),
-        buffers_(buffers + static_cast<std::size_t>(mover) * context.numStages * context.stageBytes),
-        stageBytes_(context.stageBytes),
-        numStages_(context.numStages),
-        asks_(toPeers) {}
+  __device__ Carrier(BlockState& state, std::byte* buffer, int mover, bool servesPeers)
+      : state_(state), buffer_(buffer), loaded_(&state.loaded[mover]), asks_(servesPeers) {}
 
-  /// Copies bytes to all places `out` but null ones, some time.
-  __device__ void feed(const std::byte* in, std::uint32_t bytes, std::byte* const (&out)[kFan]) {
-    if (pending_ == numStages_ - kStoresAhead) store();
-    bulkAwaitReads<kStoresAhead>();
-    Stage& stage = stages_[head_.slot];
+  /// Copies to all places. Returns when the stores have begun.
+  __device__ void carry(const std::byte* in, std::uint32_t bytes, const RowPlaces& places) {
+    bulkAwaitReads<0>();
+    arriveExpecting(loaded_, bytes);
+    bulkLoad(buffer_, in, bytes, loaded_);
+    const bool open = mayStore();
+    awaitPhase(loaded_, parity_);
+    parity_ ^= 1;
 #pragma unroll
-    for (int i = 0; i < kFan; ++i) stage.out[i] = out[i];
-    stage.bytes = bytes;
-    arriveExpecting(&stage.loaded, bytes);
-    bulkLoad(bufferOf(head_.slot), in, bytes, &stage.loaded);
-    advance(head_);
-    ++pending_;
+    for (int i = 0; i < kFan; ++i) {
+      if (open && places.at[i] != nullptr) bulkStore(places.at[i], buffer_, bytes);
+    }
+    bulkCommit();
   }
 
   /// Ends when all is done.
-  __device__ void drain() {
-    while (pending_ > 0) store();
-    bulkAwaitStores();
-  }
+  __device__ void finish() { bulkAwaitStores(); }
 
  private:
-  struct Position {
-    int slot = 0;
-    std::uint32_t parity = 0;
-  };
-
-  __device__ void advance(Position& position) const {
-    if (++position.slot < numStages_) return;
-    position.slot = 0;
-    position.parity ^= 1;
-  }
-
-  __device__ std::byte* bufferOf(int slot) const {
-    return buffers_ + static_cast<std::size_t>(slot) * stageBytes_;
-  }
-
   /// False if a peer is not there, and nothing is to be written any more.
   __device__ bool mayStore() {
     if (asks_) {
@@ -145,55 +100,39 @@ class Ring {
     return open_;
   }
 
-  __device__ void store() {
-    const bool open = mayStore();
-    Stage& stage = stages_[tail_.slot];
-    awaitPhase(&stage.loaded, tail_.parity);
-#pragma unroll
-    for (int i = 0; i < kFan; ++i) {
-      std::byte* out = stage.out[i];
-      if (open && out != nullptr) bulkStore(out, bufferOf(tail_.slot), stage.bytes);
-    }
-    bulkCommit();
-    advance(tail_);
-    --pending_;
-  }
-
   BlockState& state_;
-  Stage* stages_;
-  std::byte* buffers_;
-  std::uint32_t stageBytes_;
-  int numStages_;
+  std::byte* buffer_;
+  std::uint64_t* loaded_;
+  std::uint32_t parity_ = 0;
   bool asks_;
   bool open_ = true;
-  Position head_;    ///< of the next load
-  Position tail_;    ///< of the next store
-  int pending_ = 0;  ///< loads whose stores have not begun
 };
 
-/// The tokens of a mover: every `step`-th from `first` on.
+/// What a mover does: every `step`-th token from `first` on, for the ranks `firstRank` to
+/// `lastRank` - 1, as rankAt() numbers them.
 struct MoverShare {
   std::int64_t first = 0;
   std::int64_t step = 1;
-  int firstRank = 0;  ///< of the ranks served, as numbered by rankAt()
-  int lastRank = 0;   ///< one beyond
+  int firstRank = 0;
+  int lastRank = 0;
 };
 
-/// Shares the tokens of a group of blocks among its movers.
+/// Shares the tokens among the movers of all blocks that serve the same ranks as this one.
 __device__ MoverShare shareOf(const BulkContext& context, const PushSplit& split, int mover) {
-  const bool own = split.servesOwn(static_cast<int>(blockIdx.x));
-  const bool peers = split.servesPeers(static_cast<int>(blockIdx.x));
+  const auto block = static_cast<int>(blockIdx.x);
+  const bool own = split.servesOwn(block);
+  const bool peers = split.servesPeers(block);
   const int blocks = own ? split.ownBlocks : split.peerBlocks;
-  const int block = static_cast<int>(blockIdx.x) - (peers ? 0 : split.blocks - split.ownBlocks);
   MoverShare share;
-  share.first = static_cast<std::int64_t>(mover) * blocks + block;
+  share.first =
+      static_cast<std::int64_t>(mover) * blocks + (peers ? block : block - split.peerBlocks);
   share.step = static_cast<std::int64_t>(blocks) * context.numMovers;
   share.firstRank = own ? 0 : 1;
   share.lastRank = peers ? context.push.numRanks : 1;
   return share;
 }
 
-/// Ranks in the order in which a mover serves them: this one, then the others, of which each block
+/// Ranks in the order in which a block serves them: this one, then the others, of which each block
 /// begins with another one, so that no link is idle.
 __device__ int rankAt(const Order& order, int index) {
   if (index == 0) return order.rank;
@@ -201,11 +140,7 @@ __device__ int rankAt(const Order& order, int index) {
   return (order.rank + 1 + turn) % order.numRanks;
 }
 
-/// Where the row of this lane's token goes.
-struct RowPlaces {
-  std::byte* at[kFan];
-};
-
+/// Where a token's row goes at some ranks, of which negative ones are none.
 __device__ RowPlaces findPlaces(const PushArguments& push, const int (&ranks)[kFan],
                                 std::int64_t token) {
   RowPlaces places = {};
@@ -221,24 +156,24 @@ __device__ RowPlaces findPlaces(const PushArguments& push, const int (&ranks)[kF
   return places;
 }
 
-__device__ void feedRow(const BulkContext& context, std::int64_t token, RowPlaces places,
-                        Ring& ring) {
+__device__ void carryRow(const BulkContext& context, std::int64_t token, RowPlaces places,
+                         Carrier& carrier) {
   const std::byte* in = context.push.rows + token * context.push.rowBytes;
-  for (std::int64_t part = 0; part < context.numParts; ++part) {
-    const bool last = part + 1 == context.numParts;
-    ring.feed(in, last ? context.lastPartBytes : context.stageBytes, places.at);
-    in += context.stageBytes;
+  for (std::int64_t left = context.numParts; left > 1; --left) {
+    carrier.carry(in, context.partBytes, places);
+    in += context.partBytes;
 #pragma unroll
     for (int i = 0; i < kFan; ++i) {
-      if (places.at[i] != nullptr) places.at[i] += context.stageBytes;
+      if (places.at[i] != nullptr) places.at[i] += context.partBytes;
     }
   }
+  carrier.carry(in, context.lastPartBytes, places);
 }
 
-/// Feeds the rows of the share's tokens that go to some of the ranks. Called by a warp, whose first
-/// lane has the ring.
-__device__ void feedRows(const BulkContext& context, const MoverShare& share,
-                         const int (&ranks)[kFan], Ring& ring) {
+/// Carries the rows of the share's tokens that go to some ranks. Called by a warp, whose first lane
+/// carries.
+__device__ void carryRows(const BulkContext& context, const MoverShare& share,
+                          const int (&ranks)[kFan], Carrier& carrier) {
   for (std::int64_t first = share.first; first < context.push.numTokens;
        first += kWarpSize * share.step) {
     const RowPlaces mine = findPlaces(context.push, ranks, first + laneIndex() * share.step);
@@ -250,26 +185,35 @@ __device__ void feedRows(const BulkContext& context, const MoverShare& share,
       RowPlaces places;
 #pragma unroll
       for (int i = 0; i < kFan; ++i) places.at[i] = broadcast(mine.at[i], lane);
-      if (laneIndex() == 0) feedRow(context, first + lane * share.step, places, ring);
+      if (laneIndex() == 0) carryRow(context, first + lane * share.step, places, carrier);
     }
   }
 }
 
 __device__ void moveRows(const BulkContext& context, const PushSplit& split, BlockState& state,
-                         std::byte* buffers) {
-  const int mover = static_cast<int>(threadIdx.x) / kWarpSize;
+                         std::byte* buffers, int mover) {
   const MoverShare share = shareOf(context, split, mover);
-  Ring ring(context, state, buffers, mover, share.lastRank > 1);
+  Carrier carrier(state, buffers + static_cast<std::size_t>(mover) * context.partBytes, mover,
+                  share.lastRank > 1);
   for (int index = share.firstRank; index < share.lastRank; index += kFan) {
     int ranks[kFan];
 #pragma unroll
     for (int i = 0; i < kFan; ++i) {
       ranks[i] = index + i < share.lastRank ? rankAt(context.push.order, index + i) : -1;
     }
-    feedRows(context, share, ranks, ring);
+    carryRows(context, share, ranks, carrier);
   }
-  if (laneIndex() == 0) ring.drain();
+  if (laneIndex() == 0) carrier.finish();
   __syncwarp();
+}
+
+/// Called by the block's first thread.
+__device__ void initState(const BulkContext& context, BlockState& state) {
+  for (int mover = 0; mover < context.numMovers; ++mover) initBarrier(&state.loaded[mover], 1);
+  initBarrier(&state.decided, 1);
+  state.entered = false;
+  state.epoch = currentEpoch(context.push.order);
+  fenceBarrierInit();
 }
 
 /// Tokens that are looked at to tell how many rows go where; fewer where each has many ranks.
@@ -277,154 +221,113 @@ constexpr int kSamples = 512;
 constexpr int kHeadsSampled = 2048;
 
 /// Counts, of some tokens all over, the rows that stay and those that go to peers. All blocks look
-/// at the same ones. Called by the whole block.
-__device__ void sampleLoad(const PushArguments& push, BlockState& state) {
+/// at the same ones. Called by all warps.
+__device__ void sampleLoad(const PushArguments& push, BlockState& state, int warp) {
   const int samples = min(kSamples, kHeadsSampled / push.numRanks + 1);
   const std::int64_t step = push.numTokens / samples + 1;
   unsigned own = 0;
   unsigned all = 0;
-  for (std::int64_t token = threadIdx.x * step; token < push.numTokens; token += blockDim.x * step) {
+  for (std::int64_t token = threadIdx.x * step; token < push.numTokens;
+       token += blockDim.x * step) {
     const std::int32_t* heads = push.head + token * push.numRanks;
     for (int rank = 0; rank < push.numRanks; ++rank) all += heads[rank] >= 0 ? 1 : 0;
     own += heads[push.order.rank] >= 0 ? 1 : 0;
   }
   own = __reduce_add_sync(kAllLanes, own);
   all = __reduce_add_sync(kAllLanes, all);
-  if (laneIndex() == 0 && all != 0) {
-    atomicAdd(&state.own, own);
-    atomicAdd(&state.peers, all - own);
-  }
+  if (laneIndex() != 0) return;
+  state.own[warp] = own;
+  state.peers[warp] = all - own;
 }
 
-/// Called by a thread.
-__device__ void initState(const BulkContext& context, BlockState& state) {
-  for (int mover = 0; mover < context.numMovers; ++mover) {
-    for (int i = 0; i < context.numStages; ++i) initBarrier(&state.stages[mover][i].loaded, 1);
+__device__ PushSplit chooseSplit(const BlockState& state) {
+  unsigned own = 0;
+  unsigned peers = 0;
+  for (unsigned warp = 0; warp < blockDim.x / kWarpSize; ++warp) {
+    own += state.own[warp];
+    peers += state.peers[warp];
   }
-  initBarrier(&state.decided, 1);
-  state.own = 0;
-  state.peers = 0;
-  state.epoch = currentEpoch(context.push.order);
-  state.entered = false;
-  fenceBarrierInit();
+  return splitBlocks(static_cast<int>(gridDim.x),
+                     {static_cast<float>(own), static_cast<float>(peers)});
 }
 
-/// Called by a warp of each block.
-__device__ void enterAsWarp(const Order& order, BlockState& state) {
+/// Lets peers reach into this rank's memory. Called by a warp, first of all: they wait for it.
+__device__ void raiseEntered(const Order& order) {
+  const std::uint64_t epoch = currentEpoch(order);
+  if (epoch != 0) raiseAll(order, epoch, Word::entered);
+}
+
+/// Waits for the peers. Called by a warp of each block.
+__device__ void decideEntry(const Order& order, BlockState& state) {
   const bool came = awaitAll(order, state.epoch, Word::entered);
   if (laneIndex() != 0) return;
   state.entered = came;
   arrive(&state.decided);
 }
 
-__device__ void pushInBulk(const BulkContext& context, BlockState& state, std::byte* buffers) {
+__device__ void writeColumns(const BulkContext& context, BlockState& state, int warp) {
+  if (warp == 0) decideEntry(context.push.order, state);
+  if (!awaitEntry(state)) return;
+  pushColumns(context.push, static_cast<int>(blockIdx.x) * kColumnWarps + warp,
+              static_cast<int>(gridDim.x) * kColumnWarps);
+}
+
+/// As the kernel; false if the operation has failed.
+__device__ bool pushInBulk(const BulkContext& context, BlockState& state, std::byte* buffers) {
   const PushArguments& push = context.push;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int columnWarp = warp - context.numMovers;
-  sampleLoad(push, state);
+  if (columnWarp == 0 && blockIdx.x == 0) raiseEntered(push.order);
+  if (threadIdx.x == 0) initState(context, state);
+  sampleLoad(push, state, warp);
   __syncthreads();
-  const PushLoad load{static_cast<float>(state.own), static_cast<float>(state.peers)};
-#ifdef EP_TUNE
-  PushSplit split = splitBlocks(static_cast<int>(gridDim.x), load);
-  if (context.tune.peerBlocks > 0)
-    split = PushSplit{(int)gridDim.x, context.tune.peerBlocks, context.tune.ownBlocks};
-#else
-  const PushSplit split = splitBlocks(static_cast<int>(gridDim.x), load);
-#endif
-  if (columnWarp < 0) return moveRows(context, split, state, buffers);
-  if (columnWarp == 0) enterAsWarp(push.order, state);
-  if (!awaitEntry(state)) return;
-  const int columnWarps = static_cast<int>(blockDim.x) / kWarpSize - context.numMovers;
-  pushColumns(push, static_cast<int>(blockIdx.x) * columnWarps + columnWarp,
-              static_cast<int>(gridDim.x) * columnWarps);
+  if (state.epoch == 0) return false;
+  if (columnWarp < 0) {
+    moveRows(context, chooseSplit(state), state, buffers, warp);
+  } else {
+    writeColumns(context, state, columnWarp);
+  }
+  __syncthreads();
+  return state.entered && leavePeers(push.order);
 }
 
 #endif
 
-__global__ void __launch_bounds__((kMostMovers + kColumnWarps) * kWarpSize, 1)
+__global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
     pushInBulkKernel(const __grid_constant__ BulkContext context) {
 #if __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) std::byte buffers[];
   __shared__ BlockState state;
-  const Order& order = context.push.order;
-  if (threadIdx.x == 0) initState(context, state);
-  __syncthreads();
-  bool fine = state.epoch != 0;
-  if (fine) {
-    // Before all else: peers wait for it.
-    if (blockIdx.x == 0 && threadIdx.x / kWarpSize == context.numMovers) {
-      raiseAll(order, state.epoch, Word::entered);
-    }
-    pushInBulk(context, state, buffers);
-    __syncthreads();
-    fine = state.entered && leavePeers(order);
-  }
-  if (!fine) poison(context.push.poison);
+  if (!pushInBulk(context, state, buffers)) poison(context.push.poison);
 #endif
 }
 
-/// Rows shorter than this take longer by bulk copies than by plain ones.
-constexpr std::int64_t kLeastRowBytes = 1024;
+/// Shorter rows are no slower by plain copies.
+constexpr std::int64_t kLeastRowBytes = 4 << 10;
+/// Of longer ones, too few would be on their way at a time.
 constexpr std::int64_t kMostPartBytes = 16 << 10;
 
 constexpr std::int64_t roundUp(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-/// What the kernel may use of the shared memory of a multiprocessor for rows; 0 if the GPU has no
-/// bulk copies.
-std::int64_t prepareDevice(int device) {
-  const auto get = [device](cudaDeviceAttr attribute) {
-    int value = 0;
-    EP_CUDA_TRY(cudaDeviceGetAttribute(&value, attribute, device), "cannot ask GPU ", device);
-    return value;
-  };
-  if (get(cudaDevAttrComputeCapabilityMajor) < 9) return 0;
-  const std::int64_t bytes = get(cudaDevAttrMaxSharedMemoryPerBlockOptin) -
-                             roundUp(sizeof(BlockState), kPartGranule) - kPartGranule;
-  EP_CUDA_TRY(cudaFuncSetAttribute(pushInBulkKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(bytes)),
-              "cannot use the shared memory of GPU ", device);
-  return bytes;
+/// What a block can have of shared memory for buffers.
+std::int64_t bytesForBuffers() {
+  return deviceLimits().sharedBytes - roundUp(sizeof(BlockState), kPartGranule) - kPartGranule;
 }
 
-/// Likewise, of the current GPU; asked once.
-std::int64_t bytesForRows() {
-  constexpr int kMostDevices = 64;
-  static std::array<std::atomic<std::int64_t>, kMostDevices> known;  // one more than it is
-  int device = 0;
-  EP_CUDA_TRY(cudaGetDevice(&device), "cannot tell the current GPU");
-  if (device >= kMostDevices) return prepareDevice(device);
-  auto& bytes = known[static_cast<std::size_t>(device)];
-  if (bytes.load() == 0) bytes.store(prepareDevice(device) + 1);
-  return bytes.load() - 1;
-}
-
-bool plainCopiesWanted() {
-  const char* value = std::getenv("MSCCLPP_EP_PLAIN_COPIES");
-  return value != nullptr && std::string_view(value) == "1";
-}
-
-/// Cuts rows into equal parts, and gives the movers as many stages as there is room for.
-BulkContext describe(const PushArguments& arguments, std::int64_t bytes) {
+/// Cuts rows into equal parts that fit into a buffer.
+BulkContext describe(const PushArguments& arguments) {
+  const std::int64_t row = std::max<std::int64_t>(arguments.rowBytes, 1);
+  const std::int64_t parts = (row + kMostPartBytes - 1) / kMostPartBytes;
+  const std::int64_t part = roundUp((row + parts - 1) / parts, kPartGranule);
   BulkContext context;
   context.push = arguments;
-  std::int64_t mostPart = kMostPartBytes;
-  std::int64_t mostStages = kMostStages;
-#ifdef EP_TUNE
-  context.tune = gTune;
-  context.numMovers = gTune.movers > 0 ? gTune.movers : static_cast<int>(std::min<std::int64_t>(kMostMovers, bytes / roundUp(std::min<std::int64_t>(arguments.rowBytes, kMostPartBytes), kPartGranule)));
-  if (gTune.part > 0) mostPart = gTune.part;
-  if (gTune.stages > 0) mostStages = gTune.stages;
-#endif
-  const std::int64_t parts = std::max<std::int64_t>((arguments.rowBytes + mostPart - 1) / mostPart, 1);
-  const std::int64_t part = roundUp((arguments.rowBytes + parts - 1) / parts, kPartGranule);
-  context.numParts = (arguments.rowBytes + part - 1) / part;
-  context.stageBytes = static_cast<std::uint32_t>(part);
-  context.lastPartBytes =
-      static_cast<std::uint32_t>(arguments.rowBytes - (context.numParts - 1) * part);
-  context.numStages =
-      static_cast<int>(std::min<std::int64_t>(bytes / context.numMovers / part, mostStages));
+  context.numParts = (row + part - 1) / part;
+  context.partBytes = static_cast<std::uint32_t>(part);
+  context.lastPartBytes = static_cast<std::uint32_t>(row - (context.numParts - 1) * part);
+  context.numMovers =
+      static_cast<int>(std::min<std::int64_t>(bytesForBuffers() / part, kMostMovers));
   return context;
 }
 
@@ -432,18 +335,19 @@ BulkContext describe(const PushArguments& arguments, std::int64_t bytes) {
 
 bool canPushInBulk(const PushArguments& arguments) {
   return arguments.rowAlignment == 16 && arguments.rowBytes % 16 == 0 &&
-         arguments.rowBytes >= kLeastRowBytes && !plainCopiesWanted() && bytesForRows() > 0;
+         arguments.rowBytes >= kLeastRowBytes && canCopyInBulk();
 }
 
 void pushRowsInBulk(const PushArguments& arguments, int numSms, cudaStream_t stream) {
-  const BulkContext context = describe(arguments, bytesForRows());
-  const std::int64_t most = arguments.numTokens * std::min(arguments.numRanks, 2);
-  const auto blocks = static_cast<unsigned>(
-      std::clamp<std::int64_t>(most, 1, std::max(numSms, 1)));
-  const auto threads = static_cast<unsigned>((context.numMovers + kColumnWarps) * kWarpSize);
-  const std::size_t shared =
-      static_cast<std::size_t>(context.numMovers) * context.numStages * context.stageBytes;
-  pushInBulkKernel<<<blocks, threads, shared, stream>>>(context);
+  const BulkContext context = describe(arguments);
+  // With more blocks than rows, some would have nothing to do.
+  const std::int64_t rows = arguments.numTokens * std::min(arguments.numRanks, 2);
+  const auto blocks = std::clamp<std::int64_t>(rows, 1, std::max(numSms, 1));
+  const int threads = (context.numMovers + kColumnWarps) * kWarpSize;
+  const int bytes = context.numMovers * static_cast<int>(context.partBytes);
+  allowSharedBytes(pushInBulkKernel, bytes);
+  pushInBulkKernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
+                     static_cast<std::size_t>(bytes), stream>>>(context);
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that pushes rows");
 }
 

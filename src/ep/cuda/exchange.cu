@@ -149,8 +149,7 @@ __device__ void fillBytes(std::byte* out, std::int64_t begin, std::int64_t end, 
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    markKernel(const __grid_constant__ MarkArguments mark) {
+__global__ void __launch_bounds__(kThreads) markKernel(const __grid_constant__ MarkArguments mark) {
   const std::int64_t from = *mark.numRecv < mark.numRows ? *mark.numRecv : mark.numRows;
   fillBytes(mark.topkIdx, from * mark.idBytes, mark.numRows * mark.idBytes, std::byte{0xFF});
   fillBytes(mark.topkWeights, from * mark.weightBytes, mark.numRows * mark.weightBytes,

@@ -169,15 +169,15 @@ struct ExchangeArguments {
   /// What each rank is told, in its memory: {rows, then counts per local expert of its} packets,
   /// [1 + its local experts].
   PerRank<std::uint64_t*> outgoing;
-  std::uint64_t* incoming = nullptr;        ///< [R, 1 + L] likewise, of this rank
-  std::int32_t* numRecv = nullptr;          ///< [1]
-  std::int32_t* prefixMatrix = nullptr;     ///< [R, R]
-  std::int32_t* channelPrefix = nullptr;    ///< [R]
-  std::int32_t* received = nullptr;         ///< [L]
-  std::int32_t* firstRows = nullptr;        ///< [R] of this rank's tokens at each receiver
-  std::int32_t* firstRowFrom = nullptr;     ///< [R] of each sender's tokens here
-  std::int32_t* numKeptFrom = nullptr;      ///< [R] rows of each sender here
-  std::int64_t numRows = 0;                 ///< that there is room for
+  std::uint64_t* incoming = nullptr;      ///< [R, 1 + L] likewise, of this rank
+  std::int32_t* numRecv = nullptr;        ///< [1]
+  std::int32_t* prefixMatrix = nullptr;   ///< [R, R]
+  std::int32_t* channelPrefix = nullptr;  ///< [R]
+  std::int32_t* received = nullptr;       ///< [L]
+  std::int32_t* firstRows = nullptr;      ///< [R] of this rank's tokens at each receiver
+  std::int32_t* firstRowFrom = nullptr;   ///< [R] of each sender's tokens here
+  std::int32_t* numKeptFrom = nullptr;    ///< [R] rows of each sender here
+  std::int64_t numRows = 0;               ///< that there is room for
   Notice* notice = nullptr;
   Order order;
 };

@@ -16,7 +16,9 @@ namespace mscclpp_ep::cuda {
 class LandingFlags {
  public:
   /// Begins with memory that is zero.
-  LandingFlags(ArenaBlock first, std::size_t bytes) { blocks_.push_back({std::move(first), bytes}); }
+  LandingFlags(ArenaBlock first, std::size_t bytes) {
+    blocks_.push_back({std::move(first), bytes});
+  }
 
   /// So many bytes. Throws SystemError if the arena has no room for them.
   const ArenaBlock& reserve(Arena& arena, std::size_t bytes, cudaStream_t stream, bool capturing) {

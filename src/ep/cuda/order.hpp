@@ -48,14 +48,14 @@ struct WaitFailure {
 /// What a kernel needs to be ordered with those of other ranks. Pointers to device memory, but for
 /// the last two.
 struct Order {
-  std::uint64_t* epoch = nullptr;  ///< of the current operation; 0: the buffer has failed
-  unsigned* blocksDone = nullptr;  ///< 0 between kernels
-  std::uint64_t* own = nullptr;    ///< this rank's words
+  std::uint64_t* epoch = nullptr;         ///< of the current operation; 0: the buffer has failed
+  unsigned* blocksDone = nullptr;         ///< 0 between kernels
+  std::uint64_t* own = nullptr;           ///< this rank's words
   std::uint64_t* const* peers = nullptr;  ///< [R] the words of each rank
   int rank = 0;
   int numRanks = 1;
-  std::uint64_t timeout = 0;               ///< nanoseconds
-  const std::uint32_t* abort = nullptr;    ///< the host's: not 0 to end all waits
+  std::uint64_t timeout = 0;             ///< nanoseconds
+  const std::uint32_t* abort = nullptr;  ///< the host's: not 0 to end all waits
   WaitFailure* failure = nullptr;
 };
 

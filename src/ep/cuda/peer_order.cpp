@@ -81,9 +81,9 @@ void PeerOrder::throwIfFailed() const {
   const std::uint64_t epoch = acquire(failure_->epoch);
   if (epoch == 0) return;
   const auto word = static_cast<Word>(failure_->word);
-  const std::string what = cat("operation ", epoch, " of the GPU's waited for ", describe(word),
-                               " of rank ", failure_->peer, ", and saw operation ",
-                               signalTag(failure_->seen));
+  const std::string what =
+      cat("operation ", epoch, " of the GPU's waited for ", describe(word), " of rank ",
+          failure_->peer, ", and saw operation ", signalTag(failure_->seen));
   if (failure_->aborted != 0) throw PeerFailure(cat(what, " when the buffer was given up"));
   throw Timeout(cat(what, " after ", timeout_, " s (the buffer's timeout)"));
 }

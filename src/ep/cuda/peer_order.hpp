@@ -7,9 +7,9 @@
 #include <memory>
 
 #include "cuda/mapped.hpp"
-#include "host/arena.hpp"
 #include "cuda/order.hpp"
 #include "cuda/resources.hpp"
+#include "host/arena.hpp"
 #include "transport/transport.hpp"
 
 namespace mscclpp_ep::cuda {

@@ -157,8 +157,8 @@ __device__ void finish(const PlanArguments& plan, const Scratch& scratch) {
   if (plan.report != nullptr) storeRelease(&plan.report->ticket, plan.ticket);
 }
 
-__global__ void __launch_bounds__(kThreads) planKernel(const __grid_constant__ PlanArguments plan,
-                                                       unsigned counters) {
+__global__ void __launch_bounds__(kThreads)
+    planKernel(const __grid_constant__ PlanArguments plan, unsigned counters) {
   const Scratch scratch(plan.scratch);
   const unsigned numberers = gridDim.x - counters;
   if (blockIdx.x < numberers) {
@@ -183,9 +183,8 @@ __global__ void __launch_bounds__(kThreads) planKernel(const __grid_constant__ P
 
 void planDispatch(const PlanArguments& arguments, cudaStream_t stream) {
   constexpr int kMostNumberers = 64;
-  const auto numberers =
-      static_cast<unsigned>(arguments.numRanks < kMostNumberers ? arguments.numRanks
-                                                                : kMostNumberers);
+  const auto numberers = static_cast<unsigned>(
+      arguments.numRanks < kMostNumberers ? arguments.numRanks : kMostNumberers);
   const std::int64_t choices =
       arguments.topk.ids != nullptr ? arguments.numTokens * arguments.topk.topk : 0;
   const std::int64_t wanted = (choices + kThreads - 1) / kThreads;

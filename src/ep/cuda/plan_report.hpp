@@ -14,7 +14,7 @@ namespace mscclpp_ep::cuda {
 
 /// In host memory, in front of sent[R], perRank[R], perExpert[E] and choices[E] (int32).
 struct PlanReport {
-  std::uint64_t ticket = 0;  ///< written last: the plan's number
+  std::uint64_t ticket = 0;    ///< written last: the plan's number
   std::int64_t badPlace = -1;  ///< in topk_idx, of the first id out of range; -1: none
   std::int64_t badId = 0;
 
@@ -40,9 +40,9 @@ class PlanReporter {
     if (!rooms_.empty() && wanted <= rooms_.back()->wanted) return;
     rooms_.push_back(std::make_unique<Room>(wanted));
     doNow([&](cudaStream_t stream) {
-      EP_CUDA_TRY(cudaMemsetAsync(scratch(), 0, Room::scratchCount(wanted) * sizeof(std::int32_t),
-                                  stream),
-                  "cannot clear memory");
+      EP_CUDA_TRY(
+          cudaMemsetAsync(scratch(), 0, Room::scratchCount(wanted) * sizeof(std::int32_t), stream),
+          "cannot clear memory");
     });
   }
 

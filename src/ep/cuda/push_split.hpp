@@ -45,8 +45,8 @@ constexpr float timeOf(const PushSplit& split, const PushLoad& load) {
 
 /// What it takes if every block does both.
 constexpr float timeMixed(int blocks, const PushLoad& load) {
-  const float time = load.peers * kPeerTime + load.own * kOwnTime -
-                     lesser(load.peers, load.own) * kTimeSaved;
+  const float time =
+      load.peers * kPeerTime + load.own * kOwnTime - lesser(load.peers, load.own) * kTimeSaved;
   return greater(time / static_cast<float>(blocks), load.peers * kPeerTime / kLinkBlocksMixed);
 }
 
@@ -55,8 +55,7 @@ constexpr PushSplit splitBlocks(int blocks, const PushLoad& load) {
   const float peers = load.peers * kPeerTime;
   const float own = load.own * kOwnTime;
   if (blocks < 2 || peers <= 0.0F || own <= 0.0F) return mixed;
-  const auto share =
-      static_cast<int>(static_cast<float>(blocks) * peers / (peers + own) + 0.5F);
+  const auto share = static_cast<int>(static_cast<float>(blocks) * peers / (peers + own) + 0.5F);
   const int peerBlocks = share < 1 ? 1 : share < blocks ? share : blocks - 1;
   const PushSplit split{blocks, peerBlocks, blocks - peerBlocks};
   return timeOf(split, load) < timeMixed(blocks, load) ? split : mixed;

@@ -58,7 +58,8 @@ struct DevicePool::Shelves {
   /// Frees what nobody uses any more.
   void collect(const MakeFence& makeFence) {
     if (!dropped.empty()) {
-      if (auto fence = makeFence()) batches.push_back({std::move(fence), std::exchange(dropped, {})});
+      if (auto fence = makeFence())
+        batches.push_back({std::move(fence), std::exchange(dropped, {})});
     }
     for (auto batch = batches.begin(); batch != batches.end();) {
       const bool passed = batch->fence->passed();

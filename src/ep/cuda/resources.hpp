@@ -51,9 +51,8 @@ class DeviceArray {
   T* get() const { return data_; }
   /// The first elements; returns when they are there.
   void write(const std::vector<T>& values) const {
-    EP_CUDA_TRY(
-        cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
-        "cannot write to the memory of the GPU");
+    EP_CUDA_TRY(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
+                "cannot write to the memory of the GPU");
   }
 
  private:

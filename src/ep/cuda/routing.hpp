@@ -42,7 +42,7 @@ struct DeviceRouting {
   std::shared_ptr<std::byte> head;    ///< [T, R] int32: SendPlan::head
   std::shared_ptr<std::byte> counts;  ///< of a CountsMap
   std::int64_t numLocalExperts = 0;
-  Tensor shownHead;      ///< copies, that callers may write to
+  Tensor shownHead;  ///< copies, that callers may write to
   Tensor shownInRank;
 
   const std::int32_t* heads() const { return reinterpret_cast<const std::int32_t*>(head.get()); }

@@ -25,11 +25,11 @@ void keepWithGraph(cudaStream_t stream, const std::shared_ptr<void>& owner) {
   const cudaGraph_t graph = graphOf(stream);
   auto held = std::make_unique<std::shared_ptr<void>>(owner);
   cudaUserObject_t object = nullptr;
-  EP_CUDA_TRY(cudaUserObjectCreate(
-                  &object, held.get(),
-                  [](void* p) { delete static_cast<std::shared_ptr<void>*>(p); }, 1,
-                  cudaUserObjectNoDestructorSync),
-              "cannot let a graph keep memory");
+  EP_CUDA_TRY(
+      cudaUserObjectCreate(
+          &object, held.get(), [](void* p) { delete static_cast<std::shared_ptr<void>*>(p); }, 1,
+          cudaUserObjectNoDestructorSync),
+      "cannot let a graph keep memory");
   (void)held.release();
   EP_CUDA_TRY(cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove),
               "cannot let a graph keep memory");

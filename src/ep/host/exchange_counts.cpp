@@ -16,7 +16,8 @@ std::vector<std::vector<std::int32_t>> countsByRank(const HostContext& context,
   std::vector<std::vector<std::int32_t>> counts(static_cast<std::size_t>(context.size()));
   if (request.cached != nullptr || !request.countsOnHost()) return counts;
   for (int r = 0; r < context.size(); ++r) {
-    counts[static_cast<std::size_t>(r)] = request.placement->localPart(r, request.routing.perExpert);
+    counts[static_cast<std::size_t>(r)] =
+        request.placement->localPart(r, request.routing.perExpert);
   }
   return counts;
 }

@@ -257,11 +257,10 @@ class CudaSegments final : public SegmentSource {
     }
     check(driver().cuMemSetAccess(place.address, bytes, access.data(), access.size()), "GPU ",
           device_, " cannot reach memory of another rank's GPU; see nvidia-smi topo -p2p rw");
-    return std::make_shared<Segment>(
-        std::move(fd), place.release(), bytes,
-        [device = device_](std::byte* data, std::size_t size) {
-          Residents::of(device).drop(device, data, size);
-        });
+    return std::make_shared<Segment>(std::move(fd), place.release(), bytes,
+                                     [device = device_](std::byte* data, std::size_t size) {
+                                       Residents::of(device).drop(device, data, size);
+                                     });
   }
 
   const int device_;

@@ -64,8 +64,8 @@ struct Arguments {
 
   DispatchRequest validate() const {
     DispatchRequest request = validateDispatch(facts, inputs, dispatchOptions);
-    request.placement = std::make_shared<ExpertPlacement>(request.signature.numExperts, kRanks,
-                                                          options.expertMap);
+    request.placement =
+        std::make_shared<ExpertPlacement>(request.signature.numExperts, kRanks, options.expertMap);
     request.routing = readRouting(inputs, *request.placement);
     checkCounts(request.routing);
     return request;

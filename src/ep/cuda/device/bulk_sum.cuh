@@ -19,8 +19,7 @@ namespace mscclpp_ep::cuda {
 // than it can hide. Then come other warps, of which these are only there if there are weights.
 inline constexpr int kPipes = 2;
 inline constexpr int kSumWarps = 8;
-inline constexpr int kLoadWarps = 2;
-inline constexpr int kPipeWarps = kLoadWarps + kSumWarps;
+inline constexpr int kPipeWarps = 1 + kSumWarps;
 inline constexpr int kWeightWarps = 3;
 inline constexpr int kSumThreads = kSumWarps * kWarpSize;
 
@@ -92,17 +91,22 @@ struct BulkSum {
   SumContext context;
   RowParts parts;
   int pipes = kPipes;
-  int loaders = kLoadWarps;
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
+/// What the summing warps are told of a row.
+struct RowNote {
+  /// Of which of the pipe's items it is, as a number from 0 on. Their number: there are no more.
+  std::int32_t item;
+  /// This row and those of the same item that are sure to follow; negative if these are all.
+  std::int32_t run;
+};
+
 /// Rows on their way from the warp that loads to those that sum.
 struct SumRing {
   RingBarriers<kMostStages> barriers;
-  /// Of which of the block's items the row is, as a number from 0 on. Their number: there are no
-  /// more rows.
-  std::int64_t items[kMostStages];
+  RowNote notes[kMostStages];
 
   __device__ void init(int numStages) { barriers.init(numStages, kSumWarps); }
 };
@@ -120,6 +124,10 @@ class SummandScan {
 
   /// Whether any lane has one still.
   __device__ bool more() const { return __any_sync(kAllLanes, item_ < items_.count); }
+  /// Whether all summands of this lane's item are now with some lane.
+  __device__ bool hasWholeItem() const {
+    return index_ <= laneIndex() && laneIndex() - index_ + count_ <= kWarpSize;
+  }
   /// This lane's summand and its item; goes on to the next.
   template <bool kLanded>
   __device__ Summand take(std::int64_t& item, Part& part) {
@@ -154,27 +162,27 @@ class SummandScan {
   std::int32_t ordinal_;
 };
 
-/// Loads the rows of the pipe's items: as the `loader`th of those that take turns. With `kLanded`,
-/// does not wait for rows any more once one has not come. Called by a warp, whose first lane issues
-/// all loads.
+/// Loads the rows of the pipe's items. With `kLanded`, does not wait for rows any more once one has
+/// not come. Called by a warp, whose first lane issues all loads.
 template <bool kLanded>
 __device__ void loadSummands(const BulkSum& sum, const ItemRange& items, std::uint64_t epoch,
-                             SumRing& ring, std::byte* stages, int loader) {
+                             SumRing& ring, std::byte* stages) {
   RingPosition at(ring.barriers.size);
-  int turn = 0;
   bool waits = kLanded;
   fenceGlobalProxy();
   for (SummandScan scan(sum, items); scan.more();) {
     std::int64_t item = 0;
     Part part;
+    const bool inBatch = scan.hasWholeItem();
     const Summand mine = scan.template take<kLanded>(item, part);
+    const unsigned present = __ballot_sync(kAllLanes, mine.row != nullptr);
+    const unsigned ofItem = __match_any_sync(kAllLanes, static_cast<std::int32_t>(item)) & present;
+    const int rest = __popc(ofItem >> laneIndex());
+    const bool isWhole = inBatch && (ofItem & ((1u << laneIndex()) - 1)) == 0;
+    const int run = isWhole ? -rest : rest;
     unsigned landed = waits ? 0 : kAllLanes;
-    for (unsigned lanes = __ballot_sync(kAllLanes, mine.row != nullptr); lanes != 0;
-         at.advance()) {
+    for (unsigned lanes = present; lanes != 0; at.advance()) {
       const int lane = takeLowest(lanes);
-      const bool isMine = turn == loader;
-      if (++turn == sum.loaders) turn = 0;
-      if (!isMine) continue;
       if (kLanded && (landed >> lane & 1u) == 0) {
         landed = awaitLanes(sum.context.order, epoch, mine, 1u << lane);
         waits = landed != 0;
@@ -184,11 +192,12 @@ __device__ void loadSummands(const BulkSum& sum, const ItemRange& items, std::ui
       }
       const std::byte* from = broadcast(mine.row + part.offset, lane);
       const std::uint32_t bytes = __shfl_sync(kAllLanes, part.bytes, lane);
-      const std::int64_t itsItem = __shfl_sync(kAllLanes, item, lane);
+      const RowNote note{__shfl_sync(kAllLanes, static_cast<std::int32_t>(item), lane),
+                         __shfl_sync(kAllLanes, run, lane)};
       if (laneIndex() == 0) {
         // Those that summed what was here have read it; what follows cannot overtake that.
         ring.barriers.awaitEmpty(at);
-        ring.items[at.place()] = itsItem;
+        ring.notes[at.place()] = note;
         arriveExpecting(&ring.barriers.full[at.place()], bytes);
         bulkLoad(stages + at.place() * sum.parts.partBytes, from, bytes,
                  &ring.barriers.full[at.place()]);
@@ -196,17 +205,33 @@ __device__ void loadSummands(const BulkSum& sum, const ItemRange& items, std::ui
       __syncwarp();
     }
   }
-  if (laneIndex() == 0 && turn == loader) {
+  if (laneIndex() == 0) {
     ring.barriers.awaitEmpty(at);
-    ring.items[at.place()] = items.count;
+    ring.notes[at.place()] = {static_cast<std::int32_t>(items.count), 1};
     arrive(&ring.barriers.full[at.place()]);
   }
 }
+
+/// What a summing thread works on: its vectors of a part, kSumThreads apart.
+struct ThreadPart {
+  std::byte* out = nullptr;  ///< where its first goes
+  std::int32_t left = 0;     ///< bytes from its first to the end of the part
+
+  static constexpr std::int32_t kApart = kSumThreads * kVectorBytes;
+  __device__ __forceinline__ bool has(int i) const { return i * kApart < left; }
+  __device__ static ThreadPart of(const BulkSum& sum, std::int64_t item, int thread) {
+    const Part part = Part::of(sum.parts, item);
+    const auto skip = static_cast<std::int32_t>(thread * kVectorBytes);
+    return {sum.context.out + part.token * sum.parts.rowBytes + part.offset + skip,
+            static_cast<std::int32_t>(part.bytes) - skip};
+  }
+};
 
 /// The sum of a part, of which each of the summing threads has some vectors.
 template <class Element>
 struct PartSum {
   using Vector = Words<kVectorBytes>;
+  static constexpr int kAhead = 2;  ///< vectors of each row that are loaded before they are added
   VectorSum<Element, Vector> vectors[kPartVectors];
 
   __device__ __forceinline__ void fill(float start) {
@@ -214,56 +239,169 @@ struct PartSum {
     for (int i = 0; i < kPartVectors; ++i) vectors[i].fill(start);
   }
 
-  __device__ __forceinline__ void add(const std::byte* shared, std::uint32_t bytes, int thread) {
-    Vector loaded[kPartVectors];
+  template <int kRows>
+  using Loaded = Vector[kAhead][kRows];
+
+  template <int kRows>
+  static __device__ __forceinline__ void load(Loaded<kRows>& loaded, const ThreadPart& part,
+                                              int first, const std::byte* const (&rows)[kRows]) {
 #pragma unroll
-    for (int i = 0; i < kPartVectors; ++i) {
-      const std::uint32_t at = (i * kSumThreads + thread) * kVectorBytes;
-      if (at < bytes) loaded[i].loadShared(shared + at);
-    }
+    for (int i = 0; i < kAhead; ++i) {
+      if (!part.has(first + i)) continue;
 #pragma unroll
-    for (int i = 0; i < kPartVectors; ++i) {
-      const std::uint32_t at = (i * kSumThreads + thread) * kVectorBytes;
-      if (at < bytes) vectors[i].add(loaded[i]);
+      for (int row = 0; row < kRows; ++row) {
+        loaded[i][row].loadShared(rows[row] + (first + i) * ThreadPart::kApart);
+      }
     }
   }
 
-  __device__ __forceinline__ void store(std::byte* out, std::uint32_t bytes, int thread) const {
+  /// Adds rows, from this thread's first vector on, in their order.
+  template <int kRows>
+  __device__ __forceinline__ void add(const ThreadPart& part,
+                                      const std::byte* const (&rows)[kRows]) {
+#pragma unroll
+    for (int first = 0; first < kPartVectors; first += kAhead) {
+      Loaded<kRows> loaded;
+      load<kRows>(loaded, part, first, rows);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (!part.has(first + i)) continue;
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) vectors[first + i].add(loaded[i][row]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(const ThreadPart& part) const {
 #pragma unroll
     for (int i = 0; i < kPartVectors; ++i) {
-      const std::uint32_t at = (i * kSumThreads + thread) * kVectorBytes;
-      if (at < bytes) vectors[i].store(out + at);
+      if (part.has(i)) vectors[i].store(part.out + i * ThreadPart::kApart);
+    }
+  }
+
+  /// All of it at once, where these are all rows.
+  template <int kRows>
+  static __device__ __forceinline__ void sumWhole(const ThreadPart& part, float start,
+                                                  const std::byte* const (&rows)[kRows]) {
+#pragma unroll
+    for (int first = 0; first < kPartVectors; first += kAhead) {
+      Loaded<kRows> loaded;
+      load<kRows>(loaded, part, first, rows);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (!part.has(first + i)) continue;
+        VectorSum<Element, Vector> sum;
+        sum.fill(start);
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) sum.add(loaded[i][row]);
+        sum.store(part.out + (first + i) * ThreadPart::kApart);
+      }
     }
   }
 };
 
-/// Sums what the loading warp brings, and writes the sums, also of items that have no rows. Called
-/// by all summing warps.
+/// Sums what the loading warp brings: one of the summing threads of a pipe. Two rows at a time
+/// where there are two, and without sums in registers between where there are no more.
 template <class Element>
-__device__ void sumParts(const BulkSum& sum, const ItemRange& items, SumRing& ring,
-                         const std::byte* stages, int thread) {
-  if (items.count == 0) return;
-  RingPosition at(ring.barriers.size);
-  PartSum<Element> result;
-  result.fill(sum.context.start);
-  std::int64_t current = 0;
-  Part part = Part::of(sum.parts, items[0]);
-  for (;;) {
-    ring.barriers.awaitFull(at);
-    const std::int64_t item = ring.items[at.place()];
-    while (current < item) {
-      result.store(sum.context.out + part.token * sum.parts.rowBytes + part.offset, part.bytes,
-                   thread);
-      if (++current == items.count) return;
-      part = Part::of(sum.parts, items[current]);
-      result.fill(sum.context.start);
+class PartSummer {
+ public:
+  __device__ PartSummer(const BulkSum& sum, const ItemRange& items, SumRing& ring,
+                        const std::byte* stages, int thread)
+      : sum_(sum),
+        items_(items),
+        ring_(ring),
+        rows_(stages + thread * kVectorBytes),
+        stageBytes_(static_cast<std::uint32_t>(sum.parts.partBytes)),
+        count_(static_cast<std::int32_t>(items.count)),
+        thread_(thread),
+        at_(ring.barriers.size) {}
+
+  /// Writes the sums of all items, also of those that have no rows. Called by whole warps.
+  __device__ void run() {
+    begin(0);
+    for (;; at_.advance()) {
+      ring_.barriers.awaitFull(at_);
+      const RowNote note = ring_.notes[at_.place()];
+      while (item_ < note.item) finish();
+      if (item_ == count_) return;
+      if (note.run == 1 || note.run == -1) {
+        addOne(note.run < 0);
+      } else {
+        addTwo(note.run == -2);
+      }
     }
-    result.add(stages + at.place() * sum.parts.partBytes, part.bytes, thread);
-    __syncwarp();
-    if (laneIndex() == 0) arrive(&ring.barriers.empty[at.place()]);
-    at.advance();
   }
-}
+
+ private:
+  __device__ __forceinline__ const std::byte* row() const {
+    return rows_ + at_.place() * stageBytes_;
+  }
+
+  __device__ __forceinline__ void begin(std::int32_t item) {
+    item_ = item;
+    isEmpty_ = true;
+    if (item < count_) part_ = ThreadPart::of(sum_, items_[item], thread_);
+  }
+
+  __device__ __forceinline__ void finish() {
+    open();
+    result_.store(part_);
+    begin(item_ + 1);
+  }
+
+  /// Makes the sums in registers those of this item.
+  __device__ __forceinline__ void open() {
+    if (isEmpty_) result_.fill(sum_.context.start);
+    isEmpty_ = false;
+  }
+
+  __device__ __forceinline__ void addOne(bool isWhole) {
+    const std::byte* const rows[] = {row()};
+    add(rows, isWhole);
+    release(at_);
+  }
+
+  __device__ __forceinline__ void addTwo(bool isWhole) {
+    const RingPosition first = at_;
+    const std::byte* const firstRow = row();
+    at_.advance();
+    ring_.barriers.awaitFull(at_);
+    const std::byte* const rows[] = {firstRow, row()};
+    add(rows, isWhole);
+    release(first);
+    release(at_);
+  }
+
+  template <int kRows>
+  __device__ __forceinline__ void add(const std::byte* const (&rows)[kRows], bool isWhole) {
+    if (isWhole && isEmpty_) {
+      PartSum<Element>::template sumWhole<kRows>(part_, sum_.context.start, rows);
+      begin(item_ + 1);
+    } else {
+      open();
+      result_.template add<kRows>(part_, rows);
+    }
+    __syncwarp();
+  }
+
+  /// Tells the loading warp that this warp has read a row.
+  __device__ __forceinline__ void release(const RingPosition& at) {
+    if (laneIndex() == 0) arrive(&ring_.barriers.empty[at.place()]);
+  }
+
+  const BulkSum& sum_;
+  const ItemRange& items_;
+  SumRing& ring_;
+  const std::byte* rows_;  ///< this thread's first vector in the first stage
+  const std::uint32_t stageBytes_;
+  const std::int32_t count_;
+  const int thread_;
+  RingPosition at_;
+  std::int32_t item_ = 0;  ///< that is being summed
+  bool isEmpty_ = true;    ///< nothing of it is in the registers
+  ThreadPart part_;
+  PartSum<Element> result_;
+};
 
 /// Sums the weights of a token for one expert choice; false if some do not come.
 template <bool kLanded>
@@ -309,10 +447,8 @@ __device__ void runPipe(const BulkSum& sum, std::int64_t block, std::int64_t blo
       ItemRange::of(sum.parts.numItems, block + pipe * blocks, blocks * sum.pipes);
   std::byte* mine = stages + pipe * ring.barriers.size * sum.parts.partBytes;
   const int role = warp - pipe * kPipeWarps;
-  if (role >= kLoadWarps) {
-    return sumParts<Element>(sum, items, ring, mine, (role - kLoadWarps) * kWarpSize + laneIndex());
-  }
-  if (role < sum.loaders) loadSummands<kLanded>(sum, items, epoch, ring, mine, role);
+  if (role == 0) return loadSummands<kLanded>(sum, items, epoch, ring, mine);
+  PartSummer<Element>(sum, items, ring, mine, (role - 1) * kWarpSize + laneIndex()).run();
 }
 
 /// Sums the weights of the block's tokens. Called by some threads, each for its own.

@@ -128,8 +128,7 @@ struct Choice {
 };
 
 template <class Index>
-__device__ __forceinline__ Choice loadChoice(const PushArguments& push, int rank,
-                                             std::int64_t at) {
+__device__ __forceinline__ Choice loadChoice(const PushArguments& push, int rank, std::int64_t at) {
   const Index id = static_cast<const Index*>(push.topk.ids)[at];
   if (id < 0 || push.placement.owner[id] != rank) return {};
   const float weight = push.topk.weights != nullptr ? push.topk.weights[at] : 0.0F;

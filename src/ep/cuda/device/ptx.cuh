@@ -91,16 +91,17 @@ __device__ __forceinline__ void arrive(std::uint64_t* barrier) {
 
 /// Arrives, and lets the phase last until so many bytes of bulk loads have come, too.
 __device__ __forceinline__ void arriveExpecting(std::uint64_t* barrier, std::uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   sharedAddress(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(sharedAddress(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 __device__ __forceinline__ bool phaseEnded(std::uint64_t* barrier, std::uint32_t parity) {
   std::uint32_t ended;
   asm volatile(
-      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+      "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; "
+      "}"
       : "=r"(ended)
       : "r"(sharedAddress(barrier)), "r"(parity)
       : "memory");

@@ -28,8 +28,8 @@ struct GpuInfo {
   int multiprocessors = 0;
   int capabilityMajor = 0;
   int capabilityMinor = 0;
-  bool posixHandles = false;   ///< shares memory by file descriptors, which processes need
-  std::vector<bool> reaches;   ///< [GPUs] whose memory it can use
+  bool posixHandles = false;  ///< shares memory by file descriptors, which processes need
+  std::vector<bool> reaches;  ///< [GPUs] whose memory it can use
 };
 /// Empty without CUDA or a driver. Throws CudaError if one does not answer.
 MSCCLPP_EP_API std::vector<GpuInfo> gpus();

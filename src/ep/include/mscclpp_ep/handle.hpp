@@ -33,8 +33,8 @@ class MSCCLPP_EP_API DispatchHandle {
   explicit DispatchHandle(std::shared_ptr<const HandleState> state) : state_(std::move(state)) {}
   explicit operator bool() const { return state_ != nullptr; }
 
-  std::int64_t numTokens() const;      ///< T: tokens that this rank sent
-  std::int64_t numRows() const;        ///< N: rows of the outputs
+  std::int64_t numTokens() const;  ///< T: tokens that this rank sent
+  std::int64_t numRows() const;    ///< N: rows of the outputs
   /// Rows received; more than numRows() if some were dropped. -1 after a dispatch with
   /// numWorstTokens on a GPU, which the host does not wait for: then the counts below are empty,
   /// and fields() or Buffer::readCounts() have them.

@@ -104,7 +104,7 @@ def torrent(context, turns: int, seed: int) -> None:
 
 
 def overlaps(context, seed: int) -> None:
-    """With `async_finish` the caller's stream goes on; `previous_event` is all that is waited for."""
+    """With `async_finish` the caller's stream goes on; a call waits for `previous_event` only."""
     torch = context.backend.torch
     buffer = context.buffer()
     known = learn(context, buffer, CASES[1], seed)
