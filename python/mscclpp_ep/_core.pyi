@@ -315,6 +315,9 @@ class Ordering:
 
     def __init__(self, stream: int | None = None, previous: Event | None = None, asynchronous: bool = False, num_sms: int = 0) -> None: ...
 
+    @property
+    def stream(self) -> int | None: ...
+
 class Operation(enum.Enum):
     """The collective operations."""
 

@@ -463,6 +463,9 @@ class Buffer(LowLatencyMethods):
             ordering = order_call(
                 framework, previous_event, async_finish, stream, self.device, num_sms
             )
+            if ordering.stream is not None:
+                # Before there is memory for results, which a graph that is captured keeps.
+                self._core.record_stream(ordering.stream)
             return framework, views, ordering
 
         framework, views, ordering = self._or_refuse(Operation.combine, convert)

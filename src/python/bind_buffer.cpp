@@ -72,6 +72,7 @@ nb::tuple getDispatchLayout(Buffer& buffer, const View& topkIdx, std::int64_t nu
   {
     const nb::gil_scoped_release release;
     const std::int64_t ranks = buffer.size();
+    if (ordering.call.stream.given()) buffer.recordStream(ordering.call.stream);
     perRank = outputLike(buffer, {ranks}, DataType::int32);
     // Wrong sizes are left to the library's own checks, which come before it writes anything.
     perExpert = outputLike(buffer, {std::max<std::int64_t>(numExperts, 0)}, DataType::int32);
@@ -125,7 +126,11 @@ void bindOrdering(nb::module_& m) {
   nb::class_<Ordering>(m, "Ordering", "How a call is ordered with other work on a GPU.")
       .def(nb::init<std::optional<std::uintptr_t>, std::optional<Event>, bool, int>(),
            nb::arg("stream").none() = nb::none(), nb::arg("previous").none() = nb::none(),
-           nb::arg("asynchronous") = false, nb::arg("num_sms") = 0);
+           nb::arg("asynchronous") = false, nb::arg("num_sms") = 0)
+      .def_prop_ro("stream", [](const Ordering& self) -> std::optional<std::uintptr_t> {
+        if (!self.call.stream.given()) return std::nullopt;
+        return reinterpret_cast<std::uintptr_t>(self.call.stream.handle());
+      });
 }
 
 void bindOptions(nb::module_& m) {

@@ -111,7 +111,7 @@ class CudaBackend final : private Resources, public HostBackend {
 
   Context context(const CallOptions& call) {
     return {context_,
-            {device_, pool_, stream.get(), users.capturing(), peerOrder->arguments(),
+            {device_, pool_, stream.get(), users.capturing().has_value(), peerOrder->arguments(),
              reporter_.notice(), flags_, nextChunk_.get(), pollInterrupt_, smsFor(call)}};
   }
 
@@ -152,7 +152,7 @@ void CudaBackend::beginCall(const CallOptions& call) {
   } else {
     orderStreams(handleOf(call.stream), stream.get());
   }
-  users.setCapturing(isCapturing(stream.get()));
+  users.lookForCapture();
 }
 
 void CudaBackend::endCall(const CallOptions& call) {
@@ -168,13 +168,11 @@ void CudaBackend::examineRouting(DispatchRequest& request) {
 
 Tensor CudaBackend::allocate(std::size_t bytes, MemoryKind kind, Stream user) {
   const CurrentDevice current(device_);
-  if (user.given()) {
-    users.add(handleOf(user));
-    users.setCapturing(isCapturing(handleOf(user)));
-  }
+  if (user.given()) users.add(handleOf(user));
+  users.lookForCapture();
   Tensor tensor = HostBackend::allocate(bytes, kind, user);
-  if (users.capturing()) {
-    keepWithGraph(user.given() ? handleOf(user) : stream.get(), tensor.owner);
+  if (const auto capturing = users.capturing()) {
+    keepWithGraph(*capturing, tensor.owner);
   } else if (user.given()) {
     // Free memory is free for what comes on the stream of operations.
     orderStreams(stream.get(), handleOf(user));

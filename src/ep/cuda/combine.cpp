@@ -32,6 +32,7 @@ class RowReducer {
         sources_(static_cast<std::size_t>(context.size())) {}
 
   void run() {
+    context_.keep(handle_.onGpu);
     const std::vector<CombineEntry> entries = exchangeOffers();
     if (std::all_of(entries.begin(), entries.end(), isReadable)) {
       pull(entries);
@@ -195,14 +196,17 @@ void RowReducer::push() {
     throw OperationRefused{std::current_exception()};
   }
   std::vector<Message> outgoing;
+  outgoing.reserve(landings.size());
   for (const CombineLanding& landing : landings) outgoing.push_back(encode(landing));
   const auto& published = context_.mailbox.exchange(
       context_.epoch, static_cast<std::uint32_t>(Round::publish), outgoing, "where rows go");
   std::vector<Status> statuses;
+  statuses.reserve(published.size());
   for (const Message& message : published) statuses.push_back(decode<Status>(message));
   requireAll(statuses, "combine");
 
   std::vector<LandingTarget> targets;
+  targets.reserve(sources_.size());
   for (std::size_t r = 0; r < sources_.size(); ++r) {
     targets.push_back(bindTarget(r, decode<CombineLanding>(published[r])));
   }

@@ -59,6 +59,7 @@ std::byte* nextLanding(Context& context, std::size_t bytes) {
   const auto& published = context.mailbox.exchange(
       context.epoch, static_cast<std::uint32_t>(Round::publish), outgoing, "where rows go");
   std::vector<Status> statuses;
+  statuses.reserve(published.size());
   for (const Message& message : published) statuses.push_back(decode<Status>(message));
   requireAll(statuses, "push");
   const int next = (context.rank() + 1) % context.size();

@@ -42,6 +42,7 @@ class RowMover {
 
   std::shared_ptr<const HandleState> run() {
     bindTargets(publish());
+    context_.keep(request_.routing.onGpu);
     // From here on nothing may wait for the GPU: the kernels of other ranks wait for this one's.
     if (exchangesCounts()) exchangeCountsOnGpu();
     sendRows();

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 // Rows go through shared memory by bulk copies. Each of a block's movers is a warp with a buffer:
 // it finds tokens that go to the ranks that its block serves, and one of its threads loads a row
-// and stores it at up to kFan ranks. A thread takes about half a microsecond to issue that and
-// waits for longer, so there are as many movers as buffers have room: they keep each other's time
-// busy without a word. The other warps of the block write the small columns meanwhile. Movers begin
-// to load while peers are waited for; those of rows that stay here do not wait for peers at all.
+// and stores it at up to kFan ranks. That takes a thread about half a microsecond, however short
+// the row, and the copies take longer; so there are as many movers as there is room for buffers.
+// The other warps of the block write the small columns meanwhile. Movers begin to load while peers
+// are waited for; those of rows that stay here do not wait for peers at all.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>

@@ -25,6 +25,7 @@ class DevicePlacements {
  private:
   static void store(const ExpertPlacement& placement, const DeviceArray<std::int32_t>& array) {
     std::vector<std::int32_t> values;
+    values.reserve(static_cast<std::size_t>(2 * placement.numExperts()));
     for (std::int64_t e = 0; e < placement.numExperts(); ++e) values.push_back(placement.owner(e));
     for (std::int64_t e = 0; e < placement.numExperts(); ++e) {
       values.push_back(placement.localIndex(e));

@@ -44,14 +44,15 @@ class DeviceArray {
  public:
   explicit DeviceArray(std::size_t count)
       : data_(static_cast<T*>(takeDeviceMemory(count * sizeof(T)))) {}
-  ~DeviceArray() { (void)cudaFree(data_); }
+  ~DeviceArray() { (void)cudaFree(static_cast<void*>(data_)); }
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;
 
   T* get() const { return data_; }
   /// The first elements; returns when they are there.
   void write(const std::vector<T>& values) const {
-    EP_CUDA_TRY(cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
+    EP_CUDA_TRY(cudaMemcpy(static_cast<void*>(data_), static_cast<const void*>(values.data()),
+                           values.size() * sizeof(T), cudaMemcpyHostToDevice),
                 "cannot write to the memory of the GPU");
   }
 

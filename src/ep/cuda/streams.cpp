@@ -21,16 +21,17 @@ cudaGraph_t graphOf(cudaStream_t stream) {
 
 }  // namespace
 
-void keepWithGraph(cudaStream_t stream, const std::shared_ptr<void>& owner) {
+void keepWithGraph(cudaStream_t stream, const std::shared_ptr<const void>& owner) {
   const cudaGraph_t graph = graphOf(stream);
-  auto held = std::make_unique<std::shared_ptr<void>>(owner);
+  auto held = std::make_unique<std::shared_ptr<const void>>(owner);
   cudaUserObject_t object = nullptr;
   EP_CUDA_TRY(
       cudaUserObjectCreate(
-          &object, held.get(), [](void* p) { delete static_cast<std::shared_ptr<void>*>(p); }, 1,
-          cudaUserObjectNoDestructorSync),
+          &object, held.get(), [](void* p) { delete static_cast<std::shared_ptr<const void>*>(p); },
+          1, cudaUserObjectNoDestructorSync),
       "cannot let a graph keep memory");
-  (void)held.release();
+  // The object has it now.
+  [[maybe_unused]] const auto* const owned = held.release();
   EP_CUDA_TRY(cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove),
               "cannot let a graph keep memory");
 }
@@ -57,6 +58,14 @@ class UserStreams::Behind final : public Fence {
   const UserStreams& streams_;
   std::vector<std::unique_ptr<StreamEvent>> events_;
 };
+
+void UserStreams::lookForCapture() {
+  capturing_.reset();
+  if (isCapturing(comm_)) capturing_ = comm_;
+  for (const cudaStream_t stream : users_) {
+    if (!capturing_ && isCapturing(stream)) capturing_ = stream;
+  }
+}
 
 std::unique_ptr<Fence> UserStreams::fence() {
   if (capturing_) return nullptr;

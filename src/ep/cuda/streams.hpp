@@ -4,6 +4,7 @@
 #define MSCCLPP_EP_CUDA_STREAMS_HPP_
 
 #include <memory>
+#include <optional>
 #include <set>
 #include <vector>
 
@@ -42,12 +43,18 @@ inline void orderStreams(cudaStream_t earlier, cudaStream_t later) {
 /// Whether what is enqueued on a stream is recorded for a graph, instead of run.
 inline bool isCapturing(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  EP_CUDA_TRY(cudaStreamIsCapturing(stream, &status), "cannot tell whether a graph is captured");
+  const cudaError_t found = cudaStreamIsCapturing(stream, &status);
+  if (found == cudaErrorStreamCaptureImplicit) {
+    // The default stream, while another one, that waits for it, is capturing.
+    (void)cudaGetLastError();
+    return false;
+  }
+  EP_CUDA_TRY(found, "cannot tell whether a graph is captured");
   return status != cudaStreamCaptureStatusNone;
 }
 
 /// Lets the graph that a stream captures, and all that is made of it, keep what `owner` holds.
-void keepWithGraph(cudaStream_t stream, const std::shared_ptr<void>& owner);
+void keepWithGraph(cudaStream_t stream, const std::shared_ptr<const void>& owner);
 
 /// The streams on which the memory of a buffer is used. Memory that was dropped is free when all of
 /// them have got past that: then, or at once, if the stream of the buffer's operations, which is
@@ -61,8 +68,10 @@ class UserStreams {
   }
   /// Whether the stream of operations may wait for others than its call names.
   void allowWaiting(bool allowed) { mayWait_ = allowed; }
-  void setCapturing(bool capturing) { capturing_ = capturing; }
-  bool capturing() const { return capturing_; }
+  /// Finds out whether a graph is captured, by the calls that follow on one of the streams.
+  void lookForCapture();
+  /// The stream by which that is so; none: no graph is captured.
+  std::optional<cudaStream_t> capturing() const { return capturing_; }
 
   /// A fence behind what is enqueued now; null while a graph is captured, of which other streams
   /// are no part.
@@ -74,7 +83,7 @@ class UserStreams {
   cudaStream_t comm_;
   std::set<cudaStream_t> users_;
   bool mayWait_ = true;
-  bool capturing_ = false;
+  std::optional<cudaStream_t> capturing_;
 };
 
 }  // namespace mscclpp_ep::cuda

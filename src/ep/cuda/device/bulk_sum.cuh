@@ -20,7 +20,7 @@ namespace mscclpp_ep::cuda {
 inline constexpr int kPipes = 2;
 inline constexpr int kSumWarps = 8;
 inline constexpr int kPipeWarps = 1 + kSumWarps;
-inline constexpr int kWeightWarps = 3;
+inline constexpr int kWeightWarps = 2;
 inline constexpr int kSumThreads = kSumWarps * kWarpSize;
 
 /// What a thread sums at a time: as much as fits into its registers.
@@ -316,77 +316,102 @@ class PartSummer {
         thread_(thread),
         at_(ring.barriers.size) {}
 
-  /// Writes the sums of all items, also of those that have no rows. Called by whole warps.
+  /// Writes the sums of all items. Called by whole warps.
   __device__ void run() {
     begin(0);
-    for (;; at_.advance()) {
-      ring_.barriers.awaitFull(at_);
-      const RowNote note = ring_.notes[at_.place()];
-      while (item_ < note.item) finish();
+    for (;;) {
+      const RowNote note = next();
+      while (item_ < note.item) sumNone();
       if (item_ == count_) return;
-      if (note.run == 1 || note.run == -1) {
-        addOne(note.run < 0);
+      if (note.run == -1) {
+        sumOne();
+      } else if (note.run == -2) {
+        sumTwo();
       } else {
-        addTwo(note.run == -2);
+        sumMany(note);
       }
+      begin(item_ + 1);
     }
   }
 
  private:
-  __device__ __forceinline__ const std::byte* row() const {
-    return rows_ + at_.place() * stageBytes_;
-  }
-
   __device__ __forceinline__ void begin(std::int32_t item) {
     item_ = item;
-    isEmpty_ = true;
     if (item < count_) part_ = ThreadPart::of(sum_, items_[item], thread_);
   }
 
-  __device__ __forceinline__ void finish() {
-    open();
-    result_.store(part_);
-    begin(item_ + 1);
-  }
-
-  /// Makes the sums in registers those of this item.
-  __device__ __forceinline__ void open() {
-    if (isEmpty_) result_.fill(sum_.context.start);
-    isEmpty_ = false;
-  }
-
-  __device__ __forceinline__ void addOne(bool isWhole) {
-    const std::byte* const rows[] = {row()};
-    add(rows, isWhole);
-    release(at_);
-  }
-
-  __device__ __forceinline__ void addTwo(bool isWhole) {
-    const RingPosition first = at_;
-    const std::byte* const firstRow = row();
-    at_.advance();
+  /// Waits for the next row.
+  __device__ __forceinline__ RowNote next() {
     ring_.barriers.awaitFull(at_);
-    const std::byte* const rows[] = {firstRow, row()};
-    add(rows, isWhole);
-    release(first);
-    release(at_);
+    return ring_.notes[at_.place()];
   }
 
-  template <int kRows>
-  __device__ __forceinline__ void add(const std::byte* const (&rows)[kRows], bool isWhole) {
-    if (isWhole && isEmpty_) {
-      PartSum<Element>::template sumWhole<kRows>(part_, sum_.context.start, rows);
-      begin(item_ + 1);
-    } else {
-      open();
-      result_.template add<kRows>(part_, rows);
-    }
-    __syncwarp();
+  __device__ __forceinline__ const std::byte* row() const {
+    return rows_ + at_.place() * stageBytes_;
   }
 
   /// Tells the loading warp that this warp has read a row.
   __device__ __forceinline__ void release(const RingPosition& at) {
     if (laneIndex() == 0) arrive(&ring_.barriers.empty[at.place()]);
+  }
+
+  /// Does something with the next row, which is there.
+  template <class Function>
+  __device__ __forceinline__ void withRow(const Function& function) {
+    const std::byte* const rows[] = {row()};
+    function(rows);
+    __syncwarp();
+    release(at_);
+    at_.advance();
+  }
+
+  /// With the next two, of which the first is there.
+  template <class Function>
+  __device__ __forceinline__ void withTwoRows(const Function& function) {
+    const RingPosition first = at_;
+    const std::byte* const firstRow = row();
+    at_.advance();
+    ring_.barriers.awaitFull(at_);
+    const std::byte* const rows[] = {firstRow, row()};
+    function(rows);
+    __syncwarp();
+    release(first);
+    release(at_);
+    at_.advance();
+  }
+
+  __device__ __forceinline__ void sumNone() {
+    PartSum<Element> result;
+    result.fill(sum_.context.start);
+    result.store(part_);
+    begin(item_ + 1);
+  }
+
+  __device__ __forceinline__ void sumOne() {
+    withRow([&](const auto& rows) {
+      PartSum<Element>::template sumWhole<1>(part_, sum_.context.start, rows);
+    });
+  }
+
+  __device__ __forceinline__ void sumTwo() {
+    withTwoRows([&](const auto& rows) {
+      PartSum<Element>::template sumWhole<2>(part_, sum_.context.start, rows);
+    });
+  }
+
+  /// Any number, until there is a row of another item.
+  __device__ __forceinline__ void sumMany(RowNote note) {
+    PartSum<Element> result;
+    result.fill(sum_.context.start);
+    do {
+      if (note.run == 1 || note.run == -1) {
+        withRow([&](const auto& rows) { result.template add<1>(part_, rows); });
+      } else {
+        withTwoRows([&](const auto& rows) { result.template add<2>(part_, rows); });
+      }
+      note = next();
+    } while (note.item == item_);
+    result.store(part_);
   }
 
   const BulkSum& sum_;
@@ -398,9 +423,7 @@ class PartSummer {
   const int thread_;
   RingPosition at_;
   std::int32_t item_ = 0;  ///< that is being summed
-  bool isEmpty_ = true;    ///< nothing of it is in the registers
   ThreadPart part_;
-  PartSum<Element> result_;
 };
 
 /// Sums the weights of a token for one expert choice; false if some do not come.

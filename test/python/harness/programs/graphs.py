@@ -86,6 +86,7 @@ def cached(context, case: Case, seed: int) -> None:
         graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
     ):
         result = steps.unpack(buffer.dispatch(x, handle=first.handle))
+    del first
     for turn in range(5):
         x.copy_(context.backend.array(world.payloads(turn)[context.rank][0]))
         poison(context, result.x)
