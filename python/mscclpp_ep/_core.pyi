@@ -124,6 +124,20 @@ class Tensor:
 
     def __repr__(self) -> str: ...
 
+class MemoryPool:
+    """Gives out parts of a tensor by functions of C."""
+
+    def __init__(self, memory: Tensor) -> None: ...
+
+    @property
+    def allocate_name(self) -> str: ...
+
+    @property
+    def free_name(self) -> str: ...
+
+    @property
+    def used_bytes(self) -> int: ...
+
 class PendingDispatch:
     """A dispatch between its two calls."""
 

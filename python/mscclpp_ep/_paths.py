@@ -29,6 +29,16 @@ def include_dir() -> Path:
     return _folder_of("include", _PACKAGE, "version.hpp").parent
 
 
+def library() -> Path:
+    """Return the path of the C++ library that this process has loaded."""
+    with Path("/proc/self/maps").open(encoding="utf-8") as maps:
+        for line in maps:
+            path = Path(line.split(maxsplit=5)[-1].strip())
+            if path.name.startswith("libmscclpp_ep.so"):
+                return path
+    raise FileNotFoundError("libmscclpp_ep.so is not loaded")
+
+
 def sample_text() -> str:
     """Return the text that `python -m mscclpp_ep demo` reads by default."""
     return resources.files(_PACKAGE).joinpath("data", "sample.txt").read_text(encoding="utf-8")

@@ -22,10 +22,19 @@ from mscclpp_ep._arguments import (
     unpack_x,
     view,
 )
-from mscclpp_ep._core import Config, InvalidArgument
-from mscclpp_ep._devices import CPU, comm_stream, device_name, gpu_of, stream_handle
+from mscclpp_ep._core import Config, DataType, InvalidArgument
+from mscclpp_ep._devices import (
+    CPU,
+    comm_stream,
+    device_name,
+    gpu_of,
+    stream_handle,
+    torch_stream,
+    torch_with_cuda,
+)
 from mscclpp_ep._frameworks import Array, Framework, dtype_of, framework_of, resolve_dtype
 from mscclpp_ep._low_latency import LowLatencyMethods
+from mscclpp_ep._paths import library
 from mscclpp_ep._tuning import COMBINE_CHUNKS, DISPATCH_CHUNKS
 from mscclpp_ep.event import EventHandle, EventOverlap
 from mscclpp_ep.group import as_group
@@ -41,6 +50,7 @@ if TYPE_CHECKING:
     from mscclpp_ep.group import GroupLike
 
 Operation = _core.Operation
+_POOL_BYTES = 256 << 20
 
 
 class Buffer(LowLatencyMethods):
@@ -518,6 +528,41 @@ class Buffer(LowLatencyMethods):
         current = None if self.device == CPU else framework.current_stream(gpu_of(self.device))
         tensor = self._core.empty(extents, kind, True, current)
         return framework.export(tensor, dtype)
+
+    def mem_pool(self, num_bytes: int | None = None) -> Any:
+        """A pool of Torch over arena memory: tensors made in it are combined without a copy.
+
+        With `torch.cuda.use_mem_pool(pool)` the output of a GEMM, say, is where other ranks can
+        read it. The memory is the pool's until it, and all tensors of it, are dropped.
+
+        Args:
+            num_bytes: Of the pool; Torch takes memory in pieces of 2 MiB and more. None: as many
+                as the buffer's `num_nvl_bytes`, or 256 MiB.
+
+        Returns:
+            A `torch.cuda.MemPool`.
+
+        Raises:
+            NotBuilt: The buffer is on the CPU, or Torch uses no GPU.
+            SystemError: The arena has no room for so many bytes.
+            InvalidArgument: The process has 8 pools already.
+        """
+        torch = torch_with_cuda()
+        if self.device == CPU or torch is None:
+            not_built("mem_pool (without tensors of Torch on a GPU)")
+        wanted = num_bytes if num_bytes is not None else self.num_nvl_bytes or _POOL_BYTES
+        current = torch_stream(torch, gpu_of(self.device))
+        memory = self._core.empty([integer("num_bytes", wanted)], DataType.uint8, True, current)
+        if not memory.in_arena:
+            msg = f"the arena has no room for a pool of {wanted} bytes; see max_arena_bytes"
+            raise _core.SystemError(msg)
+        part = _core.MemoryPool(memory)
+        allocator = torch.cuda.memory.CUDAPluggableAllocator(
+            str(library()), part.allocate_name, part.free_name
+        )
+        pool = torch.cuda.MemPool(allocator.allocator())
+        pool.mscclpp_ep = (allocator, part)  # which live as long as it
+        return pool
 
     def get_local_buffer_tensor(
         self,

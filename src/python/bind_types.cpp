@@ -7,6 +7,7 @@
 #include "array.hpp"
 #include "bind.hpp"
 #include "mscclpp_ep/buffer.hpp"
+#include "mscclpp_ep/memory_pool.hpp"
 #include "mscclpp_ep/sizes.hpp"
 
 namespace mscclpp_ep::python {
@@ -52,6 +53,14 @@ void bindTensors(nb::module_& m) {
       .def_prop_ro("shape", [](const Tensor& tensor) { return shapeOf(tensor.view); })
       .def_ro("in_arena", &Tensor::inArena)
       .def("__repr__", [](const Tensor& tensor) { return toString(tensor.view); });
+}
+
+void bindPool(nb::module_& m) {
+  nb::class_<MemoryPool>(m, "MemoryPool", "Gives out parts of a tensor by functions of C.")
+      .def(nb::init<Tensor>(), nb::arg("memory"))
+      .def_prop_ro("allocate_name", &MemoryPool::allocateName)
+      .def_prop_ro("free_name", &MemoryPool::freeName)
+      .def_prop_ro("used_bytes", &MemoryPool::usedBytes);
 }
 
 void bindHandle(nb::module_& m) {
@@ -112,6 +121,7 @@ void bindSizes(nb::module_& m) {
 
 void bindTypes(nb::module_& m) {
   bindTensors(m);
+  bindPool(m);
   bindHandle(m);
   bindSizes(m);
 }

@@ -270,3 +270,41 @@ def test_ranks_end_in_errors_not_in_hangs():
         buffer._core.leave()
 
     run_ranks(2, rank_main)
+
+
+def test_pool_of_torch():
+    """Tensors made in the pool are read where they are; its memory comes back in the end."""
+    torch = pytest.importorskip("torch")
+
+    def rank_main(group):
+        torch.cuda.set_device(0)
+        torch.cuda.set_stream(torch.cuda.Stream())
+        x, idx, _ = inputs(group.rank, "float32")
+        with ep.Buffer(group, device="cuda:0", num_nvl_bytes=64 << 20) as buffer:
+            given = torch.from_numpy(idx).cuda()
+            per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(given, EXPERTS)
+            rows, _, _, _, handle, _ = buffer.dispatch(
+                torch.from_numpy(x).cuda(),
+                num_tokens_per_rank=per_rank,
+                is_token_in_rank=in_rank,
+                num_tokens_per_expert=per_expert,
+            )
+            held = buffer.stats().held_bytes
+            pool = buffer.mem_pool(16 << 20)
+            with torch.cuda.use_mem_pool(pool):
+                output = rows * 2
+            before = buffer.stats()
+            out, _, _ = buffer.combine(output, handle)
+            after = buffer.stats()
+            assert after.pulled_rows - before.pulled_rows == len(rows)
+            assert after.staged_rows == before.staged_rows
+            result = out.cpu().numpy()
+            del output, pool
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            assert buffer.stats().held_bytes <= held
+            return result
+
+    for rank, out in enumerate(run_ranks(2, rank_main)):
+        x, idx, _ = inputs(rank, "float32")
+        np.testing.assert_array_equal(out, 2 * x * ranks_of(idx, 2).astype("float32"))

@@ -13,9 +13,6 @@ namespace mscclpp_ep::cuda {
 
 namespace {
 
-// Below, plain loads of many warps are faster.
-constexpr std::int64_t kLeastRowBytes = 1024;
-
 constexpr int kMostThreads = (kPipes * kPipeWarps + kWeightWarps) * kWarpSize;
 /// For barriers and the like.
 constexpr int kOtherSharedBytes = 3072;
@@ -26,7 +23,7 @@ constexpr int kOtherSharedBytes = 3072;
 template <class Element>
 __device__ void runRole(const BulkSum& sum, SumRing* rings, std::byte* stages) {
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int others = warp - sum.pipes * kPipeWarps;
+  const int others = warp - kPipes * kPipeWarps;
   if (others < 0) {
     return runPipe<Element, false>(sum, blockIdx.x, gridDim.x, 0, rings, stages, warp);
   }
@@ -43,7 +40,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) std::byte stages[];
   __shared__ SumRing rings[kPipes];
-  if (threadIdx.x < sum.pipes) {
+  if (threadIdx.x < kPipes) {
     rings[threadIdx.x].init(numStages);
     fenceBarrierInit();
   }
@@ -59,22 +56,13 @@ void launch(const SumArguments& arguments, int numSms, cudaStream_t stream) {
   sum.context = describeSum(arguments);
   const std::int64_t sms = std::max(numSms, 1);
   sum.parts = cutIntoParts(arguments.numTokens, sum.context.rows.rowBytes, sms);
-#ifdef EP_TUNE
-  if (std::getenv("PIPES")) sum.pipes = std::atoi(std::getenv("PIPES"));
-  if (std::getenv("PARTS"))
-    sum.parts = cutIntoParts(arguments.numTokens, sum.context.rows.rowBytes,
-                             std::atoi(std::getenv("PARTS")) * arguments.numTokens);
-#endif
   const std::int64_t room = deviceLimits().sharedBytes - kOtherSharedBytes;
-  auto numStages =
-      static_cast<int>(std::min<std::int64_t>(room / sum.parts.partBytes / sum.pipes, kMostStages));
-#ifdef EP_TUNE
-  if (std::getenv("STAGES")) numStages = std::min(numStages, std::atoi(std::getenv("STAGES")));
-#endif
-  const int bytes = sum.pipes * numStages * static_cast<int>(sum.parts.partBytes);
+  const auto numStages =
+      static_cast<int>(std::min<std::int64_t>(room / sum.parts.partBytes / kPipes, kMostStages));
+  const int bytes = kPipes * numStages * static_cast<int>(sum.parts.partBytes);
   allowSharedBytes(bulkSumKernel<Element>, bytes);
   const auto blocks = static_cast<unsigned>(std::clamp<std::int64_t>(sum.parts.numItems, 1, sms));
-  const int warps = sum.pipes * kPipeWarps + (arguments.outWeights != nullptr ? kWeightWarps : 0);
+  const int warps = kPipes * kPipeWarps + (arguments.outWeights != nullptr ? kWeightWarps : 0);
   bulkSumKernel<Element><<<blocks, warps * kWarpSize, bytes, stream>>>(sum, numStages);
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that sums rows");
 }
@@ -84,7 +72,7 @@ void launch(const SumArguments& arguments, int numSms, cudaStream_t stream) {
 bool canSumInBulk(const SumArguments& arguments) {
   const std::int64_t rowBytes =
       arguments.hidden * static_cast<std::int64_t>(itemSize(arguments.dtype));
-  return arguments.rowAlignment == 16 && rowBytes >= kLeastRowBytes && canCopyInBulk();
+  return arguments.rowAlignment == 16 && rowBytes >= kLeastBulkRowBytes && canCopyInBulk();
 }
 
 void sumRowsInBulk(const SumArguments& arguments, int numSms, cudaStream_t stream) {

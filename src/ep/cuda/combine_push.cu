@@ -34,6 +34,24 @@ namespace {
 
 // By bulk copies.
 
+/// How many of the blocks push, and which sum; some may do both.
+struct PushSumShape {
+  int blocks = 1;
+  int pushers = 1;      ///< the first so many
+  int firstSummer = 0;  ///< this one and those behind it
+};
+
+/// About eight multiprocessors push as much as the link carries. Where there are not many more,
+/// all blocks do both: so they are all busy to the end, though with shorter rings.
+PushSumShape pushSumShape(int numSms) {
+  constexpr int kMostForBoth = 12;
+  constexpr int kLeastPushers = 8;
+  const int blocks = std::max(numSms, 1);
+  if (blocks <= kMostForBoth) return {blocks, blocks, 0};
+  const int pushers = std::max(blocks * 3 / 8, kLeastPushers);
+  return {blocks, pushers, pushers};
+}
+
 /// How many places the rings of a block have, if it has one of them or both.
 struct RingSizes {
   int stages[2] = {};           ///< of rows to be summed, a pipe: alone, and beside pieces
@@ -50,7 +68,9 @@ struct BulkPushSum {
 
 constexpr int kBulkWarps = kPipes * kPipeWarps + kPushWarps + kWeightWarps;
 constexpr int kBulkThreads = kBulkWarps * kWarpSize;
-constexpr int kOtherSharedBytes = 6144;
+constexpr int kOtherSharedBytes = 6144;  ///< for barriers and the like
+constexpr std::int32_t kPieceBytes = 16384;
+constexpr std::int32_t kSharedPieceBytes = 8192;  ///< beside stages
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
@@ -77,7 +97,7 @@ __device__ void runRole(const BulkPushSum& all, const BlockRoles& roles, std::ui
   const std::int64_t block = static_cast<int>(blockIdx.x) - all.shape.firstSummer;
   const std::int64_t blocks = all.shape.blocks - all.shape.firstSummer;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int pushWarp = warp - all.sum.pipes * kPipeWarps;
+  const int pushWarp = warp - kPipes * kPipeWarps;
   if (pushWarp < 0) {
     if (roles.sums) {
       runPipe<Element, true>(all.sum, block, blocks, epoch, rings.sums, shared, warp);
@@ -104,7 +124,7 @@ __global__ void __launch_bounds__(kBulkThreads, 1)
   const Order& order = all.sum.context.order;
   const std::uint64_t epoch = currentEpoch(order);
   const BlockRoles roles(all.shape);
-  if (threadIdx.x < all.sum.pipes) {
+  if (threadIdx.x < kPipes) {
     rings.sums[threadIdx.x].init(all.sizes.stages[roles.both()]);
     if (threadIdx.x == 0) rings.push.init(all.sizes.pieces[roles.both()]);
     fenceBarrierInit();
@@ -119,15 +139,15 @@ int placesIn(std::int64_t bytes, std::int64_t placeBytes, int most) {
   return static_cast<int>(std::min<std::int64_t>(bytes / placeBytes, most));
 }
 
-/// Beside each other, the rings get half of the memory each.
-RingSizes ringSizes(std::int64_t room, std::int64_t partBytes, std::int64_t pieceBytes, int pipes) {
+/// Beside each other, the rings get about half of the memory each.
+RingSizes ringSizes(std::int64_t room, std::int64_t partBytes, std::int64_t pieceBytes) {
+  const std::int64_t stages = kPipes * partBytes;  // one of each pipe
   RingSizes sizes;
-  for (int shared = 0; shared < 2; ++shared) {
-    const std::int64_t mine = room / (1 + shared);
-    sizes.stages[shared] = placesIn(mine / pipes, partBytes, kMostStages);
-    sizes.pieces[shared] = placesIn(mine, pieceBytes, kMostPieces);
-  }
-  sizes.stageBytes = pipes * sizes.stages[1] * partBytes;
+  sizes.stages[0] = placesIn(room, stages, kMostStages);
+  sizes.pieces[0] = placesIn(room, pieceBytes, kMostPieces);
+  sizes.stages[1] = placesIn(room / 2 + stages / 2, stages, kMostStages);
+  sizes.stageBytes = sizes.stages[1] * stages;
+  sizes.pieces[1] = placesIn(room - sizes.stageBytes, pieceBytes, kMostPieces);
   return sizes;
 }
 
@@ -139,17 +159,13 @@ void launchBulk(const PushSumArguments& arguments, const PushSumShape& shape, cu
   all.sum.context.landing = {arguments.flags, static_cast<std::int32_t>(arguments.chunkRows)};
   all.sum.parts = cutIntoParts(arguments.sum.numTokens, rowBytes, shape.blocks - shape.firstSummer);
   all.push.context = describePush(arguments, rowBytes, shape.pushers);
-  all.push.pieceBytes = shape.firstSummer < shape.pushers ? 8192 : 16384;
-#ifdef EP_TUNE
-  if (std::getenv("PIPES")) all.sum.pipes = std::atoi(std::getenv("PIPES"));
-  if (std::getenv("PIECE")) all.push.pieceBytes = std::atoi(std::getenv("PIECE"));
-#endif
+  all.push.pieceBytes = shape.firstSummer < shape.pushers ? kSharedPieceBytes : kPieceBytes;
   all.shape = shape;
   const std::int64_t room = deviceLimits().sharedBytes - kOtherSharedBytes;
-  all.sizes = ringSizes(room, all.sum.parts.partBytes, all.push.pieceBytes, all.sum.pipes);
+  all.sizes = ringSizes(room, all.sum.parts.partBytes, all.push.pieceBytes);
   allowSharedBytes(bulkPushSumKernel<Element>, static_cast<int>(room));
-  const int warps = all.sum.pipes * kPipeWarps + kPushWarps +
-                    (arguments.sum.outWeights != nullptr ? kWeightWarps : 0);
+  const int warps =
+      kPipes * kPipeWarps + kPushWarps + (arguments.sum.outWeights != nullptr ? kWeightWarps : 0);
   bulkPushSumKernel<Element>
       <<<static_cast<unsigned>(shape.blocks), warps * kWarpSize, static_cast<int>(room), stream>>>(
           all);
@@ -303,25 +319,17 @@ void launchPlainOf(const PushSumArguments& arguments, int blocks, cudaStream_t s
 }
 
 bool canPushInBulk(const PushSumArguments& arguments) {
-  return arguments.sum.rowAlignment == 16 && canCopyInBulk();
+  const std::int64_t rowBytes =
+      arguments.sum.hidden * static_cast<std::int64_t>(itemSize(arguments.sum.dtype));
+  return arguments.sum.rowAlignment == 16 && rowBytes >= kLeastBulkRowBytes && canCopyInBulk();
 }
 
 }  // namespace
 
-PushSumShape pushSumShape(int numSms) {
-  const int blocks = std::max(numSms, 1);
-  if (blocks == 1) return {1, 1, 0};
-  return {blocks, blocks / 2, blocks / 2};
-}
-
-void pushAndSumRows(const PushSumArguments& arguments, const PushSumShape& shape,
-                    cudaStream_t stream) {
+void pushAndSumRows(const PushSumArguments& arguments, int numSms, cudaStream_t stream) {
+  const PushSumShape shape = pushSumShape(numSms);
   if (canPushInBulk(arguments)) return launchBulkOf(arguments, shape, stream);
   launchPlainOf(arguments, shape.blocks, stream);
-}
-
-void pushAndSumRows(const PushSumArguments& arguments, int numSms, cudaStream_t stream) {
-  pushAndSumRows(arguments, pushSumShape(numSms), stream);
 }
 
 }  // namespace mscclpp_ep::cuda

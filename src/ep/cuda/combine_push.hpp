@@ -63,20 +63,9 @@ struct PushSumArguments {
   std::uint64_t* nextChunk = nullptr;  ///< in this rank's memory; 0 between kernels
 };
 
-/// How many of the blocks push, and how many sum; some may do both.
-struct PushSumShape {
-  int blocks = 1;
-  int pushers = 1;      ///< the first so many blocks
-  int firstSummer = 0;  ///< this one and those behind it sum
-};
-
-PushSumShape pushSumShape(int numSms);
-
 /// Pushes this rank's rows, and sums those of its tokens as sumRows() does while they land. Ends
 /// when all ranks are done with it.
 void pushAndSumRows(const PushSumArguments& arguments, int numSms, cudaStream_t stream);
-void pushAndSumRows(const PushSumArguments& arguments, const PushSumShape& shape,
-                    cudaStream_t stream);
 
 }  // namespace mscclpp_ep::cuda
 

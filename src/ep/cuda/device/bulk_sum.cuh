@@ -15,8 +15,8 @@
 
 namespace mscclpp_ep::cuda {
 
-// A block has pipes, each of a warp that loads and some that sum, as one alone has more latencies
-// than it can hide. Then come other warps, of which these are only there if there are weights.
+// A block has pipes, each of a warp that loads and some that sum: one alone has more latencies than
+// it can hide. Then come other warps; those for weights only if there are any.
 inline constexpr int kPipes = 2;
 inline constexpr int kSumWarps = 8;
 inline constexpr int kPipeWarps = 1 + kSumWarps;
@@ -33,6 +33,8 @@ inline constexpr std::int64_t kLeastPartBytes = 2048;
 /// Of which parts, but the last of a row, are multiples.
 inline constexpr std::int64_t kPartGranule = 128;
 inline constexpr int kMostStages = 32;
+/// Of shorter rows plain loads of many warps sum more: a row costs about as much as 6 KB of bytes.
+inline constexpr std::int64_t kLeastBulkRowBytes = 6144;
 
 /// The rows of all tokens, cut into parts. An item is one part of one token; items of a token are
 /// next to each other.
@@ -90,7 +92,6 @@ struct ItemRange {
 struct BulkSum {
   SumContext context;
   RowParts parts;
-  int pipes = kPipes;
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -466,8 +467,7 @@ __device__ void runPipe(const BulkSum& sum, std::int64_t block, std::int64_t blo
                         std::uint64_t epoch, SumRing* rings, std::byte* stages, int warp) {
   const int pipe = warp / kPipeWarps;
   SumRing& ring = rings[pipe];
-  const ItemRange items =
-      ItemRange::of(sum.parts.numItems, block + pipe * blocks, blocks * sum.pipes);
+  const ItemRange items = ItemRange::of(sum.parts.numItems, block + pipe * blocks, blocks * kPipes);
   std::byte* mine = stages + pipe * ring.barriers.size * sum.parts.partBytes;
   const int role = warp - pipe * kPipeWarps;
   if (role == 0) return loadSummands<kLanded>(sum, items, epoch, ring, mine);
