@@ -1,20 +1,29 @@
 #!/usr/bin/env bash
-# Tests the high-throughput mode on the GPUs that are visible: the conformance suite, with ranks that
-# are processes and ranks that are threads, and a small case under compute-sanitizer, if that is on
-# the PATH. Ranks beyond the number of GPUs share them.
+# Tests the high-throughput mode on the GPUs that are visible, and measures it. Ranks beyond the
+# number of GPUs share them.
 #
-#   test/gpu.sh PYTHON [arguments of pytest]
+#   test/gpu.sh PYTHON [PHASE...]
 #
 # PYTHON is an interpreter with the wheel, Torch with CUDA, CuPy, JAX with CUDA, ml_dtypes, pytest,
-# pytest-timeout and hypothesis installed. Slow tests are left out; -m '' takes them in.
+# pytest-timeout, hypothesis, rich and typer installed. Without a phase, all of them:
+#
+#   processes   the conformance suite, with ranks that are processes
+#   threads     the same with ranks that are threads, which share a GPU with all their kernels
+#   plain       some of it with plain copies, where the GPU has bulk copies
+#   connection  some of it with CUDA_DEVICE_MAX_CONNECTIONS=1, as Megatron sets it
+#   soak        10,000 operations with random delays by threads, 200 by 8 processes
+#   frameworks  arrays of Torch, CuPy and JAX, and the bench
+#   sanitizer   memcheck and racecheck on a small case, if compute-sanitizer is on the PATH
+#   bench       the table of python -m mscclpp_ep bench --device cuda
+#
+# Slow tests are left out of the suite; PYTEST_ADDOPTS takes arguments of pytest.
 set -euo pipefail
 
 # The link itself, not what it points to: a virtual environment is found by it.
-python=$(realpath --no-symlinks "$(command -v "${1:?usage: test/gpu.sh PYTHON [arguments of pytest]}")")
+python=$(realpath --no-symlinks "$(command -v "${1:?usage: test/gpu.sh PYTHON [PHASE...]}")")
 shift
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here/.."
-
 
 "$python" - <<'PROGRAM'
 import mscclpp_ep, torch
@@ -28,7 +37,7 @@ PROGRAM
 
 suites=()
 for name in api layout dispatch combine cached values worst_tokens epochs errors groups lifetime \
-    failures properties soak; do
+    failures properties soak graphs; do
     suites+=("test/python/conformance/test_$name.py")
 done
 
@@ -47,27 +56,55 @@ phase() {
     summary+=("$(printf '%-28s %s, %d s' "$name" "$result" $((SECONDS - start)))")
 }
 
-# suite SELECTION [arguments]: runs the tests that a -k expression selects.
+# suite MARKS SELECTION: runs the tests that -m and -k expressions select.
 # shellcheck disable=SC2329  # phase calls it
-suite() {
-    local selection=$1
-    shift
-    "$python" -m pytest --backend cuda -q -m 'not slow' -k "$selection" "${suites[@]}" "$@"
-}
+suite() { "$python" -m pytest --backend cuda -q -m "$1" -k "$2" "${suites[@]}"; }
 
 # A GPU has queues for a few hundred connections, and the pools of ranks live side by side.
-CUDA_DEVICE_MAX_CONNECTIONS=2 phase "ranks as processes" suite "not cuda-thread" "$@"
+phase_processes() {
+    CUDA_DEVICE_MAX_CONNECTIONS=2 phase "ranks as processes" suite 'not slow' 'not cuda-thread'
+}
 # Streams of ranks in one process must not wait for each other in a queue.
-CUDA_DEVICE_MAX_CONNECTIONS=32 phase "ranks as threads" suite "cuda-thread" "$@"
-phase "Torch, CuPy and JAX" "$python" -m pytest -q test/python_cuda
-if command -v compute-sanitizer >/dev/null; then
-    # Everything takes many times as long.
-    RANKS_PATIENCE=10 PYTHONPATH=test/python PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        phase "memcheck, 2 ranks" compute-sanitizer --tool memcheck --error-exitcode 9 \
-        "$python" -m harness.watched cuda 2
-else
-    summary+=("$(printf '%-28s %s' memcheck 'left out: no compute-sanitizer on the PATH')")
-fi
+phase_threads() {
+    CUDA_DEVICE_MAX_CONNECTIONS=32 phase "ranks as threads" suite 'not slow' cuda-thread
+}
+phase_plain() {
+    CUDA_DEVICE_MAX_CONNECTIONS=32 MSCCLPP_EP_PLAIN_COPIES=1 \
+        phase "plain copies" suite 'not slow' 'cuda-thread-3 and (test_dispatch or test_combine or torrent)'
+}
+phase_connection() {
+    CUDA_DEVICE_MAX_CONNECTIONS=1 phase "one connection" suite 'not slow' \
+        'cuda-process-2 and (test_dispatch or test_combine or torrent or replays)'
+}
+phase_soak() {
+    CUDA_DEVICE_MAX_CONNECTIONS=32 phase "soak, threads" suite slow 'test_torrent and cuda-thread'
+    CUDA_DEVICE_MAX_CONNECTIONS=2 phase "soak, 8 processes" suite slow 'many_ranks and process-8'
+}
+phase_frameworks() { phase "frameworks" "$python" -m pytest -q test/python_cuda; }
+phase_sanitizer() {
+    if ! command -v compute-sanitizer >/dev/null; then
+        summary+=("$(printf '%-28s %s' sanitizer 'left out: no compute-sanitizer on the PATH')")
+        return
+    fi
+    local tool
+    for tool in memcheck racecheck; do
+        # Everything takes many times as long.
+        RANKS_PATIENCE=10 PYTHONPATH=test/python PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+            CUDA_DEVICE_MAX_CONNECTIONS=32 \
+            phase "$tool, 2 ranks" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            "$python" -m harness.watched cuda 2
+    done
+}
+phase_bench() { phase "bench" "$python" -m mscclpp_ep bench --device cuda; }
+
+[ $# -gt 0 ] || set -- processes threads plain connection soak frameworks sanitizer bench
+for name in "$@"; do
+    if ! declare -F "phase_$name" >/dev/null; then
+        printf 'no phase "%s"\n' "$name" >&2
+        exit 2
+    fi
+done
+for name in "$@"; do "phase_$name"; done
 
 printf '\n== summary\n'
 printf '%s\n' "${summary[@]}"

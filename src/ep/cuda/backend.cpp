@@ -6,6 +6,7 @@
 #include "cuda/combine.hpp"
 #include "cuda/diagnostics.hpp"
 #include "cuda/dispatch.hpp"
+#include "cuda/kernel_list.hpp"
 #include "cuda/peer_order.hpp"
 #include "cuda/placement.hpp"
 #include "cuda/plan_report.hpp"
@@ -248,11 +249,6 @@ std::vector<double> CudaBackend::timePush(std::size_t bytes, int numSms, int rep
     Context now = context(call);
     return cuda::timePush(now, bytes, repeats);
   });
-}
-
-void loadKernels() {
-  loadPlanKernels();
-  loadExchangeKernels();
 }
 
 /// Lets the kernels of the ranks find each other. A rank that cannot comes to the barrier all the

@@ -9,6 +9,7 @@
 #include "cuda/device/summands.cuh"
 #include "cuda/device/warp.cuh"
 #include "cuda/device/words.cuh"
+#include "cuda/kernel_list.hpp"
 #include "cuda/kernels.hpp"
 #include "transport/cuda_check.hpp"
 
@@ -45,6 +46,7 @@ void launchSum(const SumArguments& arguments, int numSms, cudaStream_t stream) {
   const std::int64_t length = sum.context.rows.rowBytes / Vector::kBytes;
   sum.slices = cutRows(arguments.numTokens, length, kSumStep, kSumStep, numSms);
   const LaunchShape shape = shapeFor(sum.slices, numSms);
+  EP_LIST_KERNEL(sumKernel<Element, Vector>);
   sumKernel<Element, Vector><<<shape.blocks, shape.threads, 0, stream>>>(sum);
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that sums rows");
 }

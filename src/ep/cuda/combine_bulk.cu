@@ -7,6 +7,7 @@
 #include "cuda/device/bulk_launch.cuh"
 #include "cuda/device/bulk_sum.cuh"
 #include "cuda/device/order.cuh"
+#include "cuda/kernel_list.hpp"
 #include "transport/cuda_check.hpp"
 
 namespace mscclpp_ep::cuda {
@@ -63,6 +64,7 @@ void launch(const SumArguments& arguments, int numSms, cudaStream_t stream) {
   allowSharedBytes(bulkSumKernel<Element>, bytes);
   const auto blocks = static_cast<unsigned>(std::clamp<std::int64_t>(sum.parts.numItems, 1, sms));
   const int warps = kPipes * kPipeWarps + (arguments.outWeights != nullptr ? kWeightWarps : 0);
+  EP_LIST_KERNEL(bulkSumKernel<Element>);
   bulkSumKernel<Element><<<blocks, warps * kWarpSize, bytes, stream>>>(sum, numStages);
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that sums rows");
 }

@@ -11,6 +11,7 @@
 #include "cuda/device/order.cuh"
 #include "cuda/device/slices.cuh"
 #include "cuda/device/summands.cuh"
+#include "cuda/kernel_list.hpp"
 #include "transport/cuda_check.hpp"
 
 // Why a kernel that waits for rows of its peers ends. Blocks and warps have roles. Those that push
@@ -166,6 +167,7 @@ void launchBulk(const PushSumArguments& arguments, const PushSumShape& shape, cu
   allowSharedBytes(bulkPushSumKernel<Element>, static_cast<int>(room));
   const int warps =
       kPipes * kPipeWarps + kPushWarps + (arguments.sum.outWeights != nullptr ? kWeightWarps : 0);
+  EP_LIST_KERNEL(bulkPushSumKernel<Element>);
   bulkPushSumKernel<Element>
       <<<static_cast<unsigned>(shape.blocks), warps * kWarpSize, static_cast<int>(room), stream>>>(
           all);
@@ -283,6 +285,7 @@ void launchPlain(const PushSumArguments& arguments, int blocks, cudaStream_t str
   all.slices =
       cutRows(arguments.sum.numTokens, rowBytes / Vector::kBytes, kSumStep, kSumStep, blocks);
   all.push = describePush(arguments, rowBytes, blocks);
+  EP_LIST_KERNEL(plainPushSumKernel<Element, Vector, Copied>);
   plainPushSumKernel<Element, Vector, Copied>
       <<<static_cast<unsigned>(blocks), kPlainThreads, 0, stream>>>(all);
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that pushes and sums rows");

@@ -8,6 +8,7 @@
 #include "cuda/device/slices.cuh"
 #include "cuda/device/warp.cuh"
 #include "cuda/dispatch_bulk.hpp"
+#include "cuda/kernel_list.hpp"
 #include "cuda/kernels.hpp"
 #include "transport/cuda_check.hpp"
 
@@ -63,6 +64,7 @@ void launchPush(const PushArguments& arguments, int numSms, cudaStream_t stream)
   // Parts begin with a whole line of memory if rows do.
   const Slices slices = cutRows(arguments.numTokens, length, kCopyStep, kWarpSize, numSms);
   const LaunchShape shape = shapeFor(slices, numSms);
+  EP_LIST_KERNEL(pushKernel<Vector>);
   pushKernel<Vector><<<shape.blocks, shape.threads, 0, stream>>>({arguments, slices});
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that pushes rows");
 }

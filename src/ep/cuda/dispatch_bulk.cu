@@ -15,6 +15,7 @@
 #include "cuda/device/ptx.cuh"
 #include "cuda/device/warp.cuh"
 #include "cuda/dispatch_bulk.hpp"
+#include "cuda/kernel_list.hpp"
 #include "cuda/push_split.hpp"
 #include "transport/cuda_check.hpp"
 
@@ -346,6 +347,7 @@ void pushRowsInBulk(const PushArguments& arguments, int numSms, cudaStream_t str
   const int threads = (context.numMovers + kColumnWarps) * kWarpSize;
   const int bytes = context.numMovers * static_cast<int>(context.partBytes);
   allowSharedBytes(pushInBulkKernel, bytes);
+  EP_LIST_KERNEL(pushInBulkKernel);
   pushInBulkKernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
                      static_cast<std::size_t>(bytes), stream>>>(context);
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that pushes rows");

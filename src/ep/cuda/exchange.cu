@@ -4,6 +4,7 @@
 
 #include "core/layout.hpp"
 #include "cuda/device/order.cuh"
+#include "cuda/kernel_list.hpp"
 #include "cuda/kernels.hpp"
 #include "cuda/plan_report.hpp"
 #include "transport/cuda_check.hpp"
@@ -171,12 +172,14 @@ __global__ void storeKernel(std::int32_t* out, const __grid_constant__ Values va
 }  // namespace
 
 void exchangeCounts(const ExchangeArguments& arguments, cudaStream_t stream) {
+  EP_LIST_KERNEL(exchangeKernel);
   exchangeKernel<<<1, kThreads, 0, stream>>>(arguments);
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that exchanges counts");
 }
 
 void markMissingRows(const MarkArguments& arguments, cudaStream_t stream) {
   constexpr unsigned kBlocks = 8;
+  EP_LIST_KERNEL(markKernel);
   markKernel<<<kBlocks, kThreads, 0, stream>>>(arguments);
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that marks rows");
 }
@@ -187,16 +190,10 @@ void storeValues(std::int32_t* out, const std::int32_t* values, std::int64_t cou
     Values part{};
     const auto now = static_cast<int>(count - done < Values::kMost ? count - done : Values::kMost);
     for (int i = 0; i < now; ++i) part.values[i] = values[done + i];
+    EP_LIST_KERNEL(storeKernel);
     storeKernel<<<1, 256, 0, stream>>>(out + done, part, now);
     EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that stores values");
   }
-}
-
-void loadExchangeKernels() {
-  cudaFuncAttributes attributes;
-  EP_CUDA_TRY(cudaFuncGetAttributes(&attributes, exchangeKernel), "cannot load a kernel");
-  EP_CUDA_TRY(cudaFuncGetAttributes(&attributes, markKernel), "cannot load a kernel");
-  EP_CUDA_TRY(cudaFuncGetAttributes(&attributes, storeKernel), "cannot load a kernel");
 }
 
 }  // namespace mscclpp_ep::cuda

@@ -203,11 +203,6 @@ void markMissingRows(const MarkArguments& arguments, cudaStream_t stream);
 void storeValues(std::int32_t* out, const std::int32_t* values, std::int64_t count,
                  cudaStream_t stream);
 
-// Each loads kernels: one that is loaded when it is first used waits for the GPU, and so for other
-// ranks on it, which wait for this one.
-void loadPlanKernels();
-void loadExchangeKernels();
-
 }  // namespace mscclpp_ep::cuda
 
 #endif  // MSCCLPP_EP_CUDA_KERNELS_HPP_

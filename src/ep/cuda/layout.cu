@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/device/warp.cuh"
+#include "cuda/kernel_list.hpp"
 #include "cuda/kernels.hpp"
 #include "cuda/plan_report.hpp"
 #include "transport/cuda_check.hpp"
@@ -102,8 +103,10 @@ void launchCount(const CountArguments& arguments, cudaStream_t stream) {
       (arguments.numRanks + arguments.numExperts) * static_cast<std::int64_t>(sizeof(std::int32_t));
   if (bytes <= kSharedBytes) {
     const auto shared = static_cast<std::size_t>(bytes);
+    EP_LIST_KERNEL(countSharedKernel<Index>);
     countSharedKernel<Index><<<blocks, kThreads, shared, stream>>>(arguments);
   } else {
+    EP_LIST_KERNEL(countKernel<Index>);
     countKernel<Index><<<blocks, kThreads, 0, stream>>>(arguments);
   }
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that counts tokens");

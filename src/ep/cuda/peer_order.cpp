@@ -22,8 +22,10 @@ const char* describe(Word word) {
       return "the entry into the operation";
     case Word::finished:
       return "the end of the operation";
+    case Word::firstRow:
+      return "the counts";
     default:
-      return "the place of the rows";
+      return "the rows";
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include "cuda/device/ptx.cuh"
 #include "cuda/device/warp.cuh"
+#include "cuda/kernel_list.hpp"
 #include "cuda/kernels.hpp"
 #include "cuda/plan_report.hpp"
 #include "transport/cuda_check.hpp"
@@ -189,13 +190,9 @@ void planDispatch(const PlanArguments& arguments, cudaStream_t stream) {
       arguments.topk.ids != nullptr ? arguments.numTokens * arguments.topk.topk : 0;
   const std::int64_t wanted = (choices + kThreads - 1) / kThreads;
   const auto counters = static_cast<unsigned>(wanted < kMostCounters ? wanted : kMostCounters);
+  EP_LIST_KERNEL(planKernel);
   planKernel<<<numberers + counters, kThreads, 0, stream>>>(arguments, counters);
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that plans a dispatch");
-}
-
-void loadPlanKernels() {
-  cudaFuncAttributes attributes;
-  EP_CUDA_TRY(cudaFuncGetAttributes(&attributes, planKernel), "cannot load a kernel");
 }
 
 }  // namespace mscclpp_ep::cuda
