@@ -17,6 +17,7 @@
 #   bench       the table of python -m mscclpp_ep bench --device cuda
 #
 # Slow tests are left out of the suite; PYTEST_ADDOPTS takes arguments of pytest.
+# shellcheck disable=SC2329  # phases are called by their names
 set -euo pipefail
 
 # The link itself, not what it points to: a virtual environment is found by it.
@@ -57,7 +58,6 @@ phase() {
 }
 
 # suite MARKS SELECTION: runs the tests that -m and -k expressions select.
-# shellcheck disable=SC2329  # phase calls it
 suite() { "$python" -m pytest --backend cuda -q -m "$1" -k "$2" "${suites[@]}"; }
 
 # A GPU has queues for a few hundred connections, and the pools of ranks live side by side.

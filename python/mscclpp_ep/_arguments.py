@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mscclpp_ep import _core, _frameworks
@@ -105,24 +106,47 @@ def check_call(
         raise InvalidArgument(msg)
 
 
+class Streams:
+    """The streams that a buffer was given, which it keeps, as it looks at them later."""
+
+    _MOST = 32
+
+    def __init__(self) -> None:
+        """Of a new buffer."""
+        self._kept: OrderedDict[int, object] = OrderedDict()
+
+    def keep(self, core: _core.Buffer, stream: Any) -> int:
+        """Notes a stream, and returns its handle. Of many, the one used least recently goes."""
+        handle = stream_handle(stream)
+        self._kept[handle] = stream
+        self._kept.move_to_end(handle)
+        if len(self._kept) > self._MOST:
+            oldest, owner = self._kept.popitem(last=False)
+            core.forget_stream(oldest)
+            del owner
+        return handle
+
+
 def order_call(
     framework: Framework,
     previous_event: EventOverlap | EventHandle | None,
     async_finish: bool,
     stream: Any,
-    device: str,
+    core: _core.Buffer,
+    streams: Streams,
     num_sms: int = 0,
 ) -> _core.Ordering:
     """How a call is ordered with the caller's other work."""
+    device: str = core.device
     event = _event_of(previous_event)
     if device == CPU:
         if isinstance(event, EventHandle):
             event.synchronize()
         return _core.Ordering()
     return _core.Ordering(
-        stream=framework.current_stream(gpu_of(device))
-        if stream is None
-        else stream_handle(stream),
+        stream=streams.keep(
+            core, framework.current_stream(gpu_of(device)) if stream is None else stream
+        ),
         previous=event.core if isinstance(event, EventHandle) else None,
         asynchronous=async_finish,
         num_sms=num_sms,

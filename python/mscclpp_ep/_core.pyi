@@ -380,6 +380,8 @@ class Buffer:
 
     def record_stream(self, stream: int) -> None: ...
 
+    def forget_stream(self, stream: int) -> None: ...
+
     def time_push(self, num_bytes: int, num_sms: int, repeats: int) -> list[float]:
         """
         Seconds in which each rank writes so many bytes to the next one; collective.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from mscclpp_ep import _core
-from mscclpp_ep._devices import CPU, cupy_stream, gpu_of, torch_stream
+from mscclpp_ep._devices import CPU, gpu_of, torch_stream
 from mscclpp_ep._dlpack_array import DLPackArray, as_dtype
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Framework:
         self._namespace = namespace
         self._device = device
 
-    def current_stream(self, gpu: int) -> int:
-        """The framework's current stream on a GPU, as a cudaStream_t.
+    def current_stream(self, gpu: int) -> Any:
+        """The framework's current stream on a GPU: a cudaStream_t, or an object that keeps it.
 
         The legacy default stream, if the framework does not tell.
         """
@@ -128,8 +128,8 @@ class _NumPy(Framework):
 class _Torch(Framework):
     name = "torch"
 
-    def current_stream(self, gpu: int) -> int:
-        return torch_stream(self._namespace, gpu)
+    def current_stream(self, gpu: int) -> Any:
+        return torch_stream(self._namespace, gpu)  # which is never destroyed
 
     def record_use(self, arrays: Sequence[Array | None], stream: int, gpu: int) -> bool:
         user = self._namespace.cuda.ExternalStream(stream, device=gpu)
@@ -166,8 +166,9 @@ class _Cupy(Framework):
 
     name = "cupy"
 
-    def current_stream(self, gpu: int) -> int:
-        return cupy_stream(self._namespace, gpu)
+    def current_stream(self, gpu: int) -> Any:
+        with self._namespace.cuda.Device(gpu):
+            return self._namespace.cuda.get_current_stream()
 
     def small_arrays(self, values: Sequence[np.ndarray], device: str) -> list[Array]:
         if device == CPU:

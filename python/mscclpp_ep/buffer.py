@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mscclpp_ep import _core
 from mscclpp_ep._arguments import (
+    Streams,
     check_cached,
     check_call,
     check_given,
@@ -28,7 +29,6 @@ from mscclpp_ep._devices import (
     comm_stream,
     device_name,
     gpu_of,
-    stream_handle,
     torch_stream,
     torch_with_cuda,
 )
@@ -71,10 +71,10 @@ class Buffer(LowLatencyMethods):
     otherwise. The host waits for the counts of a dispatch that has neither `num_worst_tokens` nor a
     handle, without the GIL, and for results of frameworks without streams (JAX). The stream is
     `stream`, or else the current one of the framework of the tensors; the legacy default stream, if
-    that has none. It must live as long as the buffer. What fails on the GPU is raised by a later
-    call or `check`. Calls can be captured into CUDA graphs, a dispatch with `num_worst_tokens` or a
-    handle: every rank replays its graph as often as the others. The low-latency methods are on the
-    CPU only.
+    that has none. One that is given as an integer must live as long as the buffer. What fails on
+    the GPU is raised by a later call or `check`. Calls can be captured into CUDA graphs, a dispatch
+    with `num_worst_tokens` or a handle: every rank replays its graph as often as the others. The
+    low-latency methods are on the CPU only.
 
     Attributes:
         device: "cpu" or "cuda:N".
@@ -197,6 +197,7 @@ class Buffer(LowLatencyMethods):
         self.device: str = self._core.device
         self.rank: int = self._core.rank
         self.group_size: int = self._core.size
+        self._streams = Streams()
         # What calls still use, of frameworks that cannot be told.
         self._in_use: list[tuple[EventHandle, Sequence[Array | None]]] = []
 
@@ -273,7 +274,7 @@ class Buffer(LowLatencyMethods):
         imported = view("topk_idx", topk_idx)
         framework = framework_of(topk_idx)
         experts = integer("num_experts", num_experts)
-        ordering = order_call(framework, previous_event, async_finish, stream, self.device)
+        ordering = self._order(framework, previous_event, async_finish, stream)
         counted = self._core.get_dispatch_layout(imported, experts, ordering)
         per_rank, per_expert, in_rank = counted
         export = framework.export
@@ -361,9 +362,7 @@ class Buffer(LowLatencyMethods):
                 check_handle(handle)
                 check_cached(num_worst_tokens=worst, topk_idx=topk_idx, topk_weights=topk_weights)
             framework = framework_of(rows)
-            ordering = order_call(
-                framework, previous_event, async_finish, stream, self.device, num_sms
-            )
+            ordering = self._order(framework, previous_event, async_finish, stream, num_sms)
             return framework, views, alignment, worst, ordering
 
         framework, views, alignment, worst, ordering = self._or_refuse(operation, convert)
@@ -470,9 +469,7 @@ class Buffer(LowLatencyMethods):
             named = {"x": x, "topk_weights": topk_weights, "bias": bias0, "the second bias": bias1}
             views = [view(name, array) for name, array in named.items()]
             framework = framework_of(x)
-            ordering = order_call(
-                framework, previous_event, async_finish, stream, self.device, num_sms
-            )
+            ordering = self._order(framework, previous_event, async_finish, stream, num_sms)
             if ordering.stream is not None:
                 # Before there is memory for results, which a graph that is captured keeps.
                 self._core.record_stream(ordering.stream)
@@ -525,7 +522,10 @@ class Buffer(LowLatencyMethods):
         """
         framework, kind = resolve_dtype(dtype, self.device)
         extents = [integer("an extent of shape", extent) for extent in shape]
-        current = None if self.device == CPU else framework.current_stream(gpu_of(self.device))
+        current = None
+        if self.device != CPU:
+            stream = framework.current_stream(gpu_of(self.device))
+            current = self._streams.keep(self._core, stream)
         tensor = self._core.empty(extents, kind, True, current)
         return framework.export(tensor, dtype)
 
@@ -594,7 +594,8 @@ class Buffer(LowLatencyMethods):
         """Tells that a stream uses a tensor of this buffer.
 
         For streams other than those of calls: when the tensor has been dropped, its memory is used
-        again only behind what is on the stream then. The stream must live as long as the buffer.
+        again only behind what is on the stream then. A stream that is given as an integer must live
+        as long as the buffer.
 
         Args:
             tensor: What is used.
@@ -606,7 +607,7 @@ class Buffer(LowLatencyMethods):
         del tensor
         check_stream(self.device, stream)
         if stream is not None:
-            self._core.record_stream(stream_handle(stream))
+            self._core.record_stream(self._streams.keep(self._core, stream))
 
     def get_comm_stream(self) -> Any:
         """The stream on which the buffer moves rows.
@@ -715,6 +716,19 @@ class Buffer(LowLatencyMethods):
     internode_combine = unbuilt("internode_combine")
 
     # Helpers
+
+    def _order(
+        self,
+        framework: Framework,
+        previous_event: EventOverlap | EventHandle | None,
+        async_finish: bool,
+        stream: object,
+        num_sms: int = 0,
+    ) -> _core.Ordering:
+        """How a call is ordered with the caller's other work."""
+        return order_call(
+            framework, previous_event, async_finish, stream, self._core, self._streams, num_sms
+        )
 
     def _finished(
         self, framework: Framework, async_finish: bool, used: Sequence[Array | None]

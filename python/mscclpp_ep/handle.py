@@ -9,6 +9,8 @@ import numpy as np
 from mscclpp_ep._devices import CPU
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mscclpp_ep import _core
     from mscclpp_ep._frameworks import Array, Framework
 
@@ -30,52 +32,81 @@ class DispatchHandle(tuple["Array", ...]):
     Attributes:
         core: The handle of the C++ library.
         epoch: Number of the dispatch, the same on every rank.
-        num_recv_tokens_on_device: int32 [1], rows that came, in the memory of the GPU; on the CPU
-            None.
-        num_recv_tokens_per_expert_on_device: int32 [L], not rounded up, likewise.
     """
 
     core: _core.DispatchHandle
     epoch: int
-    num_recv_tokens_on_device: Array | None
-    num_recv_tokens_per_expert_on_device: Array | None
     _buffer: _core.Buffer
     _framework: Framework
+    _made: tuple[Array, ...]
 
     @classmethod
     def wrap(
         cls, core: _core.DispatchHandle, buffer: _core.Buffer, framework: Framework
     ) -> DispatchHandle:
         """Makes the tuple of a handle of the C++ library."""
-        on_cpu = buffer.device == CPU
-        counts = (
-            _counts_on_cpu(core, buffer, framework)
-            if on_cpu
-            else [
-                framework.export(core.fields.rank_prefix_matrix),
-                framework.export(core.fields.num_send_tokens),
-                framework.export(core.fields.channel_prefix),
-            ]
-        )
-        handle = cls(
-            (
-                *counts,
-                framework.export(core.recv_source_index),
-                framework.export(core.is_token_in_rank),
-                framework.export(core.send_head),
-            )
-        )
+        handle = cls((None,) * 6)
         handle.core = core
         handle.epoch = core.epoch
-        handle.num_recv_tokens_on_device = (
-            None if on_cpu else framework.export(core.fields.num_recv_tokens)
-        )
-        handle.num_recv_tokens_per_expert_on_device = (
-            None if on_cpu else framework.export(core.fields.num_recv_tokens_per_expert)
-        )
         handle._buffer = buffer
         handle._framework = framework
         return handle
+
+    # Tensors are made when they are asked for, which few callers do: that takes longer than all
+    # else that a call does on the host.
+
+    @property
+    def _items(self) -> tuple[Array, ...]:
+        if not hasattr(self, "_made"):
+            core, export = self.core, self._framework.export
+            counts = (
+                _counts_on_cpu(core, self._buffer, self._framework)
+                if self._buffer.device == CPU
+                else [
+                    export(core.fields.rank_prefix_matrix),
+                    export(core.fields.num_send_tokens),
+                    export(core.fields.channel_prefix),
+                ]
+            )
+            rows = [core.recv_source_index, core.is_token_in_rank, core.send_head]
+            self._made = (*counts, *(export(tensor) for tensor in rows))
+        return self._made
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return an item, or a tuple of some."""
+        return self._items[index]
+
+    def __iter__(self) -> Iterator[Array]:
+        """Return an iterator over the items."""
+        return iter(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether it is the same handle: tensors have no truth."""
+        return self is other
+
+    def __hash__(self) -> int:
+        """Return a number that goes with being the same."""
+        return id(self)
+
+    def __reduce__(self) -> Any:
+        """Refuse to be copied to another process."""
+        msg = "a handle belongs to its buffer, and cannot be pickled or copied"
+        raise TypeError(msg)
+
+    @property
+    def num_recv_tokens_on_device(self) -> Array | None:
+        """int32 [1], rows that came, in the memory of the GPU; on the CPU None."""
+        return self._field("num_recv_tokens")
+
+    @property
+    def num_recv_tokens_per_expert_on_device(self) -> Array | None:
+        """int32 [L], not rounded up, in the memory of the GPU; on the CPU None."""
+        return self._field("num_recv_tokens_per_expert")
+
+    def _field(self, name: str) -> Array | None:
+        if self._buffer.device == CPU:
+            return None
+        return self._framework.export(getattr(self.core.fields, name))
 
     @property
     def num_recv_tokens(self) -> int:

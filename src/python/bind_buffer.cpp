@@ -240,6 +240,10 @@ void bindBuffer(nb::module_& m) {
           "record_stream",
           [](Buffer& self, std::uintptr_t stream) { self.recordStream(streamOf(stream)); },
           nb::arg("stream"))
+      .def(
+          "forget_stream",
+          [](Buffer& self, std::uintptr_t stream) { self.forgetStream(streamOf(stream)); },
+          nb::arg("stream"))
       .def("time_push", &Buffer::timePush, nb::arg("num_bytes"), nb::arg("num_sms"),
            nb::arg("repeats"), Release(),
            "Seconds in which each rank writes so many bytes to the next one; collective.")

@@ -125,6 +125,8 @@ class Backend {
   virtual std::vector<double> timePush(std::size_t bytes, int numSms, int repeats) = 0;
   /// The caller uses this buffer's memory on a stream.
   virtual void recordStream(Stream stream) = 0;
+  /// It does so no more, and the stream may end.
+  virtual void forgetStream(Stream stream) = 0;
   /// On which rows are moved; none on the CPU.
   virtual Stream commStream() const { return {}; }
   /// Throws what a call before could not.

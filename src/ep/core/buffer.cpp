@@ -213,6 +213,7 @@ void Buffer::decline(Bootstrap& bootstrap, std::string_view why) {
 int Buffer::rank() const { return impl().facts.rank; }
 int Buffer::size() const { return impl().facts.numRanks; }
 void Buffer::recordStream(Stream stream) { impl().backend().recordStream(stream); }
+void Buffer::forgetStream(Stream stream) { impl().backend().forgetStream(stream); }
 std::vector<double> Buffer::timePush(std::size_t bytes, int numSms, int repeats) {
   EP_EXPECTS(bytes > 0, "num_bytes is 0; it must be positive");
   EP_EXPECTS(numSms > 0, "num_sms is ", numSms, "; it must be positive");

@@ -84,6 +84,11 @@ class CudaBackend final : private Resources, public HostBackend {
   std::vector<std::int64_t> readCounts(const HandleState& handle) override;
   std::vector<double> timePush(std::size_t bytes, int numSms, int repeats) override;
   void recordStream(Stream user) override { users.add(handleOf(user)); }
+  void forgetStream(Stream user) override {
+    const CurrentDevice current(device_);
+    orderStreams(handleOf(user), stream.get());
+    users.remove(handleOf(user));
+  }
   Stream commStream() const override { return Stream(stream.get()); }
   void check() override;
 

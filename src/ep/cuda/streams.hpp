@@ -66,6 +66,7 @@ class UserStreams {
   void add(cudaStream_t stream) {
     if (stream != comm_) users_.insert(stream);
   }
+  void remove(cudaStream_t stream) { users_.erase(stream); }
   /// Whether the stream of operations may wait for others than its call names.
   void allowWaiting(bool allowed) { mayWait_ = allowed; }
   /// Finds out whether a graph is captured, by the calls that follow on one of the streams.

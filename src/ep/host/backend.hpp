@@ -36,6 +36,7 @@ class HostBackend : public Backend, public std::enable_shared_from_this<HostBack
     throw NotBuilt("the time of a push is measured on GPUs only");
   }
   void recordStream(Stream) override {}
+  void forgetStream(Stream) override {}
   void check() override;
   bool masked(int rank) const final { return transport_->masked(rank); }
   void setMask(int rank, bool masked) override;

@@ -44,7 +44,8 @@ struct BufferStats {
 /// Collective calls (dispatch, combine, destroy) are made by every rank in the same order. One
 /// thread at a time uses a buffer; its results may be used, copied and dropped by any thread.
 /// On the CPU a call returns with its outputs complete; on a GPU it is ordered with other work by
-/// its CallOptions (no stream given: the legacy default stream), inputs live until it is done, and
+/// its CallOptions (no stream given: the legacy default stream), inputs live until it is done,
+/// streams live as long as the buffer or until forgetStream(), and
 /// what goes wrong on the GPU is thrown by the next call or check(). Calls throw the classes of
 /// error.hpp.
 class MSCCLPP_EP_API Buffer {
@@ -143,6 +144,9 @@ class MSCCLPP_EP_API Buffer {
   /// Tells that memory of this buffer's is used on a stream, which no call has been given: it is
   /// used again, when it has been dropped, behind what is on that stream then.
   void recordStream(Stream stream);
+  /// Before a stream is destroyed that was given to this buffer: what is on it now is waited for
+  /// by the buffer's stream.
+  void forgetStream(Stream stream);
 
   /// Measures the way to other ranks' memory: each rank writes `bytes` to memory of the next one,
   /// all at once, by the kernel that dispatches. Returns the seconds of each of `repeats`.
