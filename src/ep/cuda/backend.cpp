@@ -175,7 +175,8 @@ void CudaBackend::examineRouting(DispatchRequest& request) {
 Tensor CudaBackend::allocate(std::size_t bytes, MemoryKind kind, Stream user) {
   const CurrentDevice current(device_);
   if (user.given()) users.add(handleOf(user));
-  users.lookForCapture();
+  // Between the calls of a dispatch it is known.
+  if (!begun_) users.lookForCapture();
   Tensor tensor = HostBackend::allocate(bytes, kind, user);
   if (const auto capturing = users.capturing()) {
     keepWithGraph(*capturing, tensor.owner);

@@ -11,6 +11,51 @@
 
 namespace mscclpp_ep::cuda {
 
+namespace {
+
+/// Streams that nobody owns, by device.
+struct IdleStreams {
+  std::mutex mutex;
+  std::map<int, std::vector<cudaStream_t>> streams;
+};
+
+IdleStreams& idleStreams() {
+  static auto& instance = *new IdleStreams;
+  return instance;
+}
+
+cudaStream_t makeStream() {
+  int least = 0;
+  int greatest = 0;
+  EP_CUDA_TRY(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cannot make a stream");
+  cudaStream_t stream = nullptr;
+  EP_CUDA_TRY(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest),
+              "cannot make a stream");
+  return stream;
+}
+
+}  // namespace
+
+OwnedStream::OwnedStream() {
+  EP_CUDA_TRY(cudaGetDevice(&device_), "cannot tell the current GPU");
+  IdleStreams& idle = idleStreams();
+  {
+    const std::lock_guard lock(idle.mutex);
+    std::vector<cudaStream_t>& streams = idle.streams[device_];
+    if (!streams.empty()) {
+      stream_ = streams.back();
+      streams.pop_back();
+      return;
+    }
+  }
+  stream_ = makeStream();
+}
+
+OwnedStream::~OwnedStream() {
+  const std::lock_guard lock(idleStreams().mutex);
+  idleStreams().streams[device_].push_back(stream_);
+}
+
 void* takeDeviceMemory(std::size_t bytes) {
   // A graph that is captured, by any thread, forbids what might wait for the GPU; this does not.
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;

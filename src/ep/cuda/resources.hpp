@@ -14,24 +14,20 @@
 
 namespace mscclpp_ep::cuda {
 
-/// A stream that does not wait for the default one, of the highest priority: what a kernel of it
-/// sends, others wait for.
+/// A stream of the current GPU that does not wait for the default one, of the highest priority:
+/// what a kernel of it sends, others wait for. It is never destroyed, but used again: allocators of
+/// frameworks that were told of it record events on it when memory is dropped, at any time.
 class OwnedStream {
  public:
-  OwnedStream() {
-    int least = 0;
-    int greatest = 0;
-    EP_CUDA_TRY(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cannot make a stream");
-    EP_CUDA_TRY(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest),
-                "cannot make a stream");
-  }
-  ~OwnedStream() { (void)cudaStreamDestroy(stream_); }
+  OwnedStream();
+  ~OwnedStream();
   OwnedStream(const OwnedStream&) = delete;
   OwnedStream& operator=(const OwnedStream&) = delete;
 
   cudaStream_t get() const { return stream_; }
 
  private:
+  int device_ = 0;
   cudaStream_t stream_ = nullptr;
 };
 
