@@ -278,8 +278,8 @@ void combine(Buffer& buffer, const Scenario& s, const DispatchHandle& handle, Me
   const Combined expected = testing::combinedAt(s, all, buffer.rank());
   const std::int64_t tokens = handle.numTokens();
   const Tensor rows = expertRows(buffer, s, received, memory);
-  const Tensor bias0 = biasOf(buffer, s, 0, tokens);
-  const Tensor bias1 = biasOf(buffer, s, 1, tokens);
+  const Tensor bias0 = s.biases > 0 ? biasOf(buffer, s, 0, tokens) : Tensor{};
+  const Tensor bias1 = s.biases > 1 ? biasOf(buffer, s, 1, tokens) : Tensor{};
   Tensor weights, outWeights;
   if (s.topk > 0) {
     weights = makeArray(buffer, memory, DataType::float32, {received.numRows, s.topk});

@@ -71,7 +71,10 @@ inline Place placeOf(const Scenario& s, std::int64_t expert) {
 
 inline Bytes randomBytes(std::mt19937& random, std::size_t count) {
   Bytes bytes(count);
-  for (std::byte& byte : bytes) byte = static_cast<std::byte>(random() >> 7);
+  for (std::size_t i = 0; i < count; i += sizeof(std::uint32_t)) {
+    const auto word = static_cast<std::uint32_t>(random());
+    std::memcpy(bytes.data() + i, &word, std::min(sizeof(word), count - i));
+  }
   return bytes;
 }
 
@@ -234,12 +237,6 @@ inline void store(DataType dtype, float value, std::byte* at) {
   std::memcpy(at, &bits, itemSize(dtype));
 }
 
-inline float load(DataType dtype, const std::byte* at) {
-  std::uint32_t bits = 0;
-  std::memcpy(&bits, at, itemSize(dtype));
-  return decodeFloat(dtype, bits);
-}
-
 /// Values of many magnitudes, so that sums round; `name` tells apart what they are of.
 inline float someValue(unsigned name, std::int64_t row, std::int64_t column) {
   auto mixed = static_cast<std::uint32_t>(name * 2654435761u + static_cast<unsigned>(row) * 40503u +
@@ -273,9 +270,8 @@ inline Combined combinedAt(const Scenario& s, const std::vector<RankData>& all, 
                     std::vector<float>(static_cast<std::size_t>(tokens * s.topk))};
   const auto addRow = [&](std::int64_t token, const auto& value) {
     for (std::int64_t column = 0; column < s.hidden; ++column) {
-      Bytes stored(4);
-      store(dtype, value(column), stored.data());
-      sums[static_cast<std::size_t>(token * s.hidden + column)] += load(dtype, stored.data());
+      const std::uint32_t stored = encodeFloat(dtype, value(column));
+      sums[static_cast<std::size_t>(token * s.hidden + column)] += decodeFloat(dtype, stored);
     }
   };
   for (int which = 0; which < s.biases; ++which) {

@@ -26,6 +26,7 @@ CASES = [
 ]
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cached_dispatch(ranks, case, seed):
     ranks.check(basics.cached, case, seed)

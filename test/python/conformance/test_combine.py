@@ -32,6 +32,7 @@ CASES = [
 ]
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_combine(ranks, case, seed):
     ranks.check(basics.check_combine, case, seed)

@@ -47,6 +47,7 @@ CASES = [
 ]
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_dispatch(ranks, case, seed):
     ranks.check(basics.check_dispatch, case, seed)

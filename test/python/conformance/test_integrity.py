@@ -23,6 +23,7 @@ CASES = [
 ]
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_high_throughput(ranks, case, seed):
     ranks.check(integrity.high_throughput, case, seed)
@@ -40,6 +41,7 @@ LOW_LATENCY = {
 }
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("options", LOW_LATENCY.values(), ids=LOW_LATENCY)
 def test_low_latency(ranks, options, exact, seed):

@@ -21,6 +21,7 @@ CASES = [
 ]
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_layout(ranks, case, seed):
     ranks.check(basics.check_layout, case, seed)

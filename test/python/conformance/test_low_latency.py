@@ -42,11 +42,13 @@ FORMATS = [
 ]
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("case", ROUTED, ids=str)
 def test_routing(ranks, case, seed):
     ranks.check(low_latency.check, case, seed)
 
 
+@pytest.mark.many_cases
 @pytest.mark.ranks(1, 2, 3)
 @pytest.mark.parametrize("case", FORMATS, ids=str)
 def test_format(ranks, case, seed):

@@ -30,6 +30,7 @@ CASES = [
 ]
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(ranks, case, seed):
     ranks.check(basics.check_combine, case, seed)

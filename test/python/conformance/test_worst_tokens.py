@@ -31,11 +31,13 @@ DROPS = [
 ]
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("case", FITS, ids=str)
 def test_all_rows_fit(ranks, case, seed):
     ranks.check(basics.drops_are_reported, case, seed)
 
 
+@pytest.mark.many_cases
 @pytest.mark.parametrize("case", DROPS, ids=str)
 def test_last_rows_are_dropped_and_reported(ranks, case, seed):
     ranks.check(basics.drops_are_reported, case, seed)

@@ -33,7 +33,7 @@ class Case:
     topk: int = 4
     index: str = "int64"
     dtype: str = "bfloat16"
-    values: str = "normal"
+    values: str = "normal"  # or "special", "bits"
     routing: str = "random"
     scales: Scales | None = None
     with_topk: bool = True
@@ -88,13 +88,31 @@ def random_bits(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtyp
     return raw.view(dtype)
 
 
+# For each type the bits that stay random, which are the sign, the mantissa and the last three of
+# the exponent; and what its other bits become.
+NORMAL = {
+    "bfloat16": (0x83FF, 0x3C00),
+    "float16": (0x9FFF, 0x2000),
+    "float32": (0x83FFFFFF, 0x3C000000),
+}
+
+
+def normal(raw: np.ndarray) -> np.ndarray:
+    """Changes random bits to numbers between 2^-7 and 2 in magnitude, as many in each octave."""
+    bits = raw.view(f"u{raw.itemsize}")
+    kept, exponent = NORMAL[raw.dtype.name]
+    bits &= kept
+    bits |= exponent
+    return raw
+
+
 def draw(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype, values: str):
     if not is_summable(dtype) or values == "bits":
         return random_bits(rng, shape, dtype)
     if values == "special":
         table = SPECIAL_FLOAT32 if dtype.itemsize == 4 else SPECIAL_16
         return rng.choice(table, shape).view(dtype)
-    return rng.standard_normal(shape, np.float32).astype(dtype)
+    return normal(random_bits(rng, shape, dtype))
 
 
 def draw_scales(rng: np.random.Generator, tokens: int, scales: Scales) -> np.ndarray:

@@ -117,11 +117,17 @@ class World:
         return [oracle.quantised(x, self.case.kind) for x in xs]
 
     def _rows(self, turn: int) -> list[np.ndarray]:
-        """What the experts of each rank make; the rows beyond the counts are garbage."""
+        """What the experts of each rank make; the rows beyond the counts are NaN."""
+        return [self._rows_of(rank, turn) for rank in range(self.size)]
+
+    def _rows_of(self, rank: int, turn: int) -> np.ndarray:
         dtype, values = dtype_of(self.case.combine_dtype), self._plain(self.case.values)
-        wide = self.size * self.most
-        shapes = [(self.num_experts(r), wide, self.case.hidden) for r in range(self.size)]
-        return [draw(self._rng(r, 3, turn), s, dtype, values) for r, s in enumerate(shapes)]
+        shape = (self.num_experts(rank), self.size * self.most, self.case.hidden)
+        rows = np.full(shape, -1, f"i{dtype.itemsize}").view(dtype)
+        rng = self._rng(rank, 3, turn)
+        for own, count in zip(rows, self.slots.counts(rank), strict=True):
+            own[:count] = draw(rng, (count, self.case.hidden), dtype, values)
+        return rows
 
     def combined(self, rank: int, turn: int = 0, exact: bool | None = None) -> np.ndarray:
         exact = self.case.exact if exact is None else exact
