@@ -164,5 +164,62 @@ TEST_CASE("other threads may drop blocks at any time") {
   CHECK(arena.usedBytes() == 0);
 }
 
+/// Fences that pass when the test says so.
+struct Gate {
+  bool open = false;
+  bool closedToNew = false;
+  int made = 0;
+
+  MakeFence maker() {
+    struct Gated final : Fence {
+      explicit Gated(const Gate& gate) : gate_(gate) {}
+      bool passed() override { return gate_.open; }
+      const Gate& gate_;
+    };
+    return [this]() -> std::unique_ptr<Fence> {
+      if (closedToNew) return nullptr;
+      ++made;
+      return std::make_unique<Gated>(*this);
+    };
+  }
+};
+
+TEST_CASE("blocks that were dropped are used again when their fence has passed") {
+  Alone alone;
+  Gate gate;
+  Arena arena(*alone.transport, 4 * kMiB, 4 * kMiB, gate.maker());
+  const auto take = [&] { return arena.allocate(4 * kMiB); };
+  CHECK(take());
+  CHECK_FALSE(take());
+  CHECK(gate.made == 1);
+  CHECK_FALSE(take());
+  CHECK(gate.made == 1);
+  gate.open = true;
+  const auto again = take();
+  CHECK(again);
+  CHECK_FALSE(take());
+}
+
+TEST_CASE("while there can be no fence, what was dropped waits for one") {
+  Alone alone;
+  Gate gate;
+  gate.open = gate.closedToNew = true;
+  Arena arena(*alone.transport, 4 * kMiB, 4 * kMiB, gate.maker());
+  CHECK(arena.allocate(4 * kMiB));
+  CHECK_FALSE(arena.allocate(4 * kMiB));
+  gate.closedToNew = false;
+  CHECK(arena.allocate(4 * kMiB));
+}
+
+TEST_CASE("a landing block that is replaced stays, if it is asked to") {
+  Alone alone;
+  Arena arena(*alone.transport, 0, 64 * kMiB);
+  const std::uint32_t first = arena.landing(kMiB).address.segment;
+  arena.keepLanding();
+  const std::uint32_t second = arena.landing(8 * kMiB).address.segment;
+  CHECK(first != second);
+  CHECK(alone.transport->peerMemory(0, first, 0, kMiB) != nullptr);
+}
+
 }  // namespace
 }  // namespace mscclpp_ep
