@@ -4,7 +4,6 @@
 #include <array>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <utility>
 
 #include "core/block_allocator.hpp"
@@ -19,7 +18,7 @@ class Slot {
  public:
   bool open(Tensor& memory) {
     const std::lock_guard lock(mutex_);
-    if (memory_ || !used_.empty()) return false;
+    if (memory_.view || !used_.empty()) return false;
     blocks_ = BlockAllocator();
     blocks_.addSegment(0, numBytes(memory.view));
     memory_ = std::move(memory);
@@ -38,7 +37,7 @@ class Slot {
     if (closed_) return nullptr;
     const auto block = blocks_.allocate(bytes);
     if (!block) return nullptr;
-    void* data = static_cast<std::byte*>(memory_->view.data) + block->offset;
+    void* data = static_cast<std::byte*>(memory_.view.data) + block->offset;
     used_.emplace(data, *block);
     return data;
   }
@@ -59,11 +58,11 @@ class Slot {
 
  private:
   void letGo() {
-    if (closed_ && used_.empty()) memory_.reset();
+    if (closed_ && used_.empty()) memory_ = {};
   }
 
   std::mutex mutex_;
-  std::optional<Tensor> memory_;
+  Tensor memory_;
   BlockAllocator blocks_;
   std::map<void*, BlockRange> used_;
   bool closed_ = true;

@@ -1,30 +1,24 @@
 // SPDX-License-Identifier: MIT
 #include "cuda/kernel_list.hpp"
 
-#include <vector>
-
 #include "transport/cuda_check.hpp"
 
 namespace mscclpp_ep::cuda {
 
 namespace {
 
-std::vector<const void*>& kernels() {
-  static std::vector<const void*> list;
-  return list;
-}
+constinit const ListedKernel* first = nullptr;
 
 }  // namespace
 
-bool listKernel(const void* kernel) {
-  kernels().push_back(kernel);
-  return true;
+ListedKernel::ListedKernel(const void* kernel) noexcept : kernel_(kernel), next_(first) {
+  first = this;
 }
 
 void loadKernels() {
-  for (const void* kernel : kernels()) {
+  for (const ListedKernel* listed = first; listed != nullptr; listed = listed->next()) {
     cudaFuncAttributes attributes{};
-    EP_CUDA_TRY(cudaFuncGetAttributes(&attributes, kernel), "cannot load a kernel");
+    EP_CUDA_TRY(cudaFuncGetAttributes(&attributes, listed->kernel()), "cannot load a kernel");
   }
 }
 

@@ -4,17 +4,30 @@
 
 namespace mscclpp_ep::cuda {
 
-bool listKernel(const void* kernel);
+/// One of the kernels of the library, which know of each other before main().
+class ListedKernel {
+ public:
+  explicit ListedKernel(const void* kernel) noexcept;
+  ListedKernel(const ListedKernel&) = delete;
+  ListedKernel& operator=(const ListedKernel&) = delete;
+
+  const void* kernel() const { return kernel_; }
+  const ListedKernel* next() const { return next_; }
+
+ private:
+  const void* kernel_;
+  const ListedKernel* next_;
+};
 
 /// Loads all kernels of the library on the current GPU. One that is loaded when it is first used
 /// waits for the GPU, and so for other ranks on it, which wait for this one.
 void loadKernels();
 
-/// Lists a kernel for loadKernels() before main(), where a function that starts it calls this.
+/// Lists a kernel where a function that starts it calls this.
 template <auto kKernel>
 struct Listed {
-  static bool name() { return kListed; }
-  static inline const bool kListed = listKernel(reinterpret_cast<const void*>(kKernel));
+  static const ListedKernel& name() { return kListed; }
+  static inline const ListedKernel kListed{reinterpret_cast<const void*>(kKernel)};
 };
 #define EP_LIST_KERNEL(...) static_cast<void>(::mscclpp_ep::cuda::Listed<__VA_ARGS__>::name())
 
