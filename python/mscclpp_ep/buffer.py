@@ -654,8 +654,8 @@ class Buffer(LowLatencyMethods):
 
     @staticmethod
     def is_sm90_compiled() -> bool:
-        """Whether kernels for Hopper are in this build."""
-        return _core.is_cuda_built()
+        """Whether kernels for Hopper can run here: in this build, and with a GPU."""
+        return _core.cuda_device_count() > 0
 
     @staticmethod
     def set_num_sms(new_num_sms: int) -> None:

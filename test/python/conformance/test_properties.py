@@ -116,7 +116,7 @@ def test_low_latency_round_trip(ranks, case, seed):
 @pytest.mark.cpu_only
 @pytest.mark.slow
 @pytest.mark.ranks(2, 8)
-@settings(examples, max_examples=200)
+@settings(examples, max_examples=80)
 @given(case=low_latency_cases, seed=seeds)
 def test_many_low_latency_round_trips(ranks, case, seed):
     ranks.check(low_latency.check, case, seed)

@@ -8,10 +8,15 @@ import pytest
 from harness.programs import sequences, torrent
 
 
+# How many operations: more are left out of a plain run, like more numbers of ranks.
+LENGTHS = [500, pytest.param(4000, marks=pytest.mark.grid)]
+
+
 @pytest.mark.slow
 @pytest.mark.ranks(3)
-def test_soak(ranks, seed):
-    ranks.check(sequences.soak, 2000, seed, timeout=240)
+@pytest.mark.parametrize("operations", LENGTHS)
+def test_soak(ranks, operations, seed):
+    ranks.check(sequences.soak, operations, seed, timeout=240)
 
 
 @pytest.mark.slow
@@ -55,8 +60,9 @@ def test_short_soak_of_both_modes(ranks, seed):
 @pytest.mark.cpu_only
 @pytest.mark.slow
 @pytest.mark.ranks(3)
-def test_soak_of_both_modes(ranks, seed):
-    ranks.check(sequences.mixed_soak, 2000, seed, timeout=240)
+@pytest.mark.parametrize("operations", LENGTHS)
+def test_soak_of_both_modes(ranks, operations, seed):
+    ranks.check(sequences.mixed_soak, operations, seed, timeout=240)
 
 
 @pytest.mark.cpu_only
