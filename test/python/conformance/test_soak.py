@@ -7,7 +7,6 @@ import pytest
 
 from harness.programs import sequences, torrent
 
-
 # How many operations: more are left out of a plain run, like more numbers of ranks.
 LENGTHS = [500, pytest.param(4000, marks=pytest.mark.grid)]
 
