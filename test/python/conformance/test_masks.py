@@ -151,5 +151,6 @@ def test_short_soak(doomed, seed):
 
 
 @pytest.mark.slow
-def test_soak(doomed, seed):
-    soak(doomed(4), 5000, seed, 500)
+@pytest.mark.parametrize("operations", [1000, pytest.param(5000, marks=pytest.mark.grid)])
+def test_soak(doomed, operations, seed):
+    soak(doomed(4), operations, seed, 500)
