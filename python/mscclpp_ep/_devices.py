@@ -92,13 +92,19 @@ def current_stream() -> tuple[int, int] | None:
     return None
 
 
-def current_stream_on(gpu: int) -> int:
-    """The current stream on a GPU, of Torch, or else of CuPy, or the default stream."""
+def current_stream_on(gpu: int) -> Any:
+    """The current stream on a GPU, of Torch, or else of CuPy, or the default stream.
+
+    A cudaStream_t that is never destroyed, or an object that keeps it.
+    """
     torch = torch_with_cuda()
     if torch is not None:
         return torch_stream(torch, gpu)
     cupy = cupy_with_cuda()
-    return 0 if cupy is None else cupy_stream(cupy, gpu)
+    if cupy is None:
+        return 0
+    with cupy.cuda.Device(gpu):
+        return cupy.cuda.get_current_stream()
 
 
 def stream_handle(stream: Any) -> int:

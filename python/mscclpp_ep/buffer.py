@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mscclpp_ep import _core
@@ -395,13 +396,14 @@ class Buffer(LowLatencyMethods):
             experts = int(num_tokens_per_expert.shape[0])
             note_choices(self.rank, self.group_size, experts, topk_idx)
 
+        # Before the results are exported, which must be complete for some frameworks.
+        used = [*sources, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert]
+        event = self._finished(framework, async_finish, used)
         exported = [
             None if tensor is None else framework.export(tensor, dtype_of(source))
             for tensor, source in zip(outputs, sources, strict=True)
         ]
         recv_x = (exported[0], exported[1]) if isinstance(x, tuple) else exported[0]
-        used = [*sources, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert]
-        event = self._finished(framework, async_finish, used)
         if handle is not None:
             return recv_x, None, None, None, None, event
         wrapped = DispatchHandle.wrap(finished, self._core, framework)
@@ -484,10 +486,11 @@ class Buffer(LowLatencyMethods):
         self._core.combine(
             x_view, core, weights_view, bias0_view, bias1_view, out, out_weights, ordering
         )
+        used = [x, topk_weights, *self._unpack_bias(bias)]
+        event = self._finished(framework, async_finish, used)
         combined = framework.export(out, dtype_of(x))
         weights = None if out_weights is None else framework.export(out_weights)
-        used = [x, topk_weights, *self._unpack_bias(bias)]
-        return combined, weights, self._finished(framework, async_finish, used)
+        return combined, weights, event
 
     def _combined(
         self,
@@ -742,6 +745,7 @@ class Buffer(LowLatencyMethods):
         if not async_finish:
             return EventOverlap()
         event = EventHandle.on(self._core.comm_stream, gpu_of(self.device))
+        event.tell_streams_to(_noting(self))
         if not framework.record_use(used, self._core.comm_stream, gpu_of(self.device)):
             self._in_use = [(other, kept) for other, kept in self._in_use if not other.passed()]
             self._in_use.append((event, used))
@@ -765,6 +769,18 @@ class Buffer(LowLatencyMethods):
             # here comes first.
             if self._core.destroyed:
                 raise
+
+
+def _noting(buffer: Buffer) -> Callable[[object], None]:
+    """Tells a buffer, if there still is one, of streams that use its results."""
+    known = weakref.ref(buffer)
+
+    def note(stream: object) -> None:
+        alive = known()
+        if alive is not None and alive.is_available():
+            alive._core.record_stream(alive._streams.keep(alive._core, stream))
+
+    return note
 
 
 def _tuned(chunks: dict[int, tuple[int, int, int, int]], num_ranks: int) -> Config:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mscclpp_ep import _core
 from mscclpp_ep._core import InvalidArgument
-from mscclpp_ep._devices import current_stream, current_stream_on
+from mscclpp_ep._devices import current_stream, current_stream_on, stream_handle
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,12 +38,21 @@ class EventHandle:
 
     def _record(self, stream: int | None, gpu: int) -> None:
         self._gpu = gpu
+        self._note: Callable[[object], None] | None = None
         self._event = None if stream is None else _core.Event(stream, gpu)
 
     def current_stream_wait(self) -> None:
         """Makes the current stream wait for the event, if it has not passed already."""
-        if self._event is not None:
-            self._event.wait(current_stream_on(self._gpu))
+        if self._event is None:
+            return
+        stream = current_stream_on(self._gpu)
+        self._event.wait(stream_handle(stream))
+        if self._note is not None:
+            self._note(stream)
+
+    def tell_streams_to(self, note: Callable[[object], None]) -> None:
+        """Lets a function know of each stream that waits for the event."""
+        self._note = note
 
     def synchronize(self) -> None:
         """Waits for the event on the host."""

@@ -84,6 +84,10 @@ class DispatchHandle(tuple["Array", ...]):
         """Return whether it is the same handle: tensors have no truth."""
         return self is other
 
+    def __ne__(self, other: object) -> bool:
+        """Return whether it is another handle."""
+        return self is not other
+
     def __hash__(self) -> int:
         """Return a number that goes with being the same."""
         return id(self)

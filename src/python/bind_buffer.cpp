@@ -253,7 +253,7 @@ void bindBuffer(nb::module_& m) {
       .def("set_mask", &Buffer::setMask, nb::arg("rank"), nb::arg("masked"))
       .def("stats", &Buffer::stats)
       .def("destroy", &Buffer::destroy, Release())
-      .def("leave", &Buffer::leave)
+      .def("leave", &Buffer::leave, Release())
       .def_prop_ro("destroyed", &Buffer::destroyed);
   bindOperations(buffer);
   bindLowLatency(m, buffer);

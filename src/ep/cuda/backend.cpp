@@ -27,14 +27,22 @@ cudaStream_t handleOf(Stream stream) { return static_cast<cudaStream_t>(stream.h
 
 /// What the backend owns that its base works with, and that must therefore be there first.
 struct Resources {
-  explicit Resources(std::unique_ptr<PeerOrder> connected) : peerOrder(std::move(connected)) {}
+  Resources(std::unique_ptr<PeerOrder> connected, int gpu)
+      : device(gpu), peerOrder(std::move(connected)) {}
+
+  const int device;
 
   OwnedStream stream;
   UserStreams users{stream.get()};
   std::unique_ptr<PeerOrder> peerOrder;
 
+  /// Of use at any time, also outside of calls.
   MakeFence makeFence() {
-    return [this] { return users.fence(); };
+    return [this] {
+      const CurrentDevice current(device);
+      users.lookForCapture();
+      return users.fence();
+    };
   }
 };
 
@@ -51,15 +59,14 @@ class CudaBackend final : private Resources, public HostBackend {
  public:
   CudaBackend(std::unique_ptr<Transport> transport, std::unique_ptr<PeerOrder> connected,
               std::unique_ptr<Trace> trace, const BufferOptions& options, std::uint64_t bufferId)
-      : Resources(std::move(connected)),
+      : Resources(std::move(connected), options.device.index),
         HostBackend(std::move(transport), std::move(trace), options,
                     static_cast<std::size_t>(options.arenaBytes), bufferId, makeFence()),
-        device_(options.device.index),
         deviceSms_(multiprocessors(options.device.index)),
         smMargin_(options.smMargin),
         pollInterrupt_(options.pollInterrupt),
         pool_(makeFence()) {
-    const CurrentDevice current(device_);
+    const CurrentDevice current(device);
     nextChunk_.write({0});
   }
   ~CudaBackend() override;
@@ -85,7 +92,9 @@ class CudaBackend final : private Resources, public HostBackend {
   std::vector<double> timePush(std::size_t bytes, int numSms, int repeats) override;
   void recordStream(Stream user) override { users.add(handleOf(user)); }
   void forgetStream(Stream user) override {
-    const CurrentDevice current(device_);
+    const CurrentDevice current(device);
+    users.lookForCapture();
+    if (users.capturing()) return;
     orderStreams(handleOf(user), stream.get());
     users.remove(handleOf(user));
   }
@@ -96,17 +105,17 @@ class CudaBackend final : private Resources, public HostBackend {
   std::shared_ptr<const HandleState> moveRows(const DispatchRequest& request,
                                               const DispatchPlan& plan,
                                               const DispatchOutputs& outputs) override {
-    const CurrentDevice current(device_);
+    const CurrentDevice current(device);
     Context now = context(request.call);
     return cuda::moveRows(now, placements_.get(*request.placement), request, plan, outputs);
   }
   void combineRows(const CombineRequest& request) override {
-    const CurrentDevice current(device_);
+    const CurrentDevice current(device);
     Context now = context(request.call);
     cuda::combineRows(now, request);
   }
   std::shared_ptr<std::byte> allocateOrdinary(std::size_t bytes, Stream) override {
-    const CurrentDevice current(device_);
+    const CurrentDevice current(device);
     return pool_.allocate(bytes);
   }
   std::int64_t ordinaryBytes() override { return pool_.bytes(); }
@@ -117,40 +126,42 @@ class CudaBackend final : private Resources, public HostBackend {
 
   Context context(const CallOptions& call) {
     return {context_,
-            {device_, pool_, stream.get(), users.capturing().has_value(), peerOrder->arguments(),
-             reporter_.notice(), flags_, nextChunk_.get(), pollInterrupt_, smsFor(call)}};
+            {device, pool_, stream.get(), isCapturing(stream.get()), peerOrder->arguments(),
+             reporter_.notice(), flags_, packets_, nextChunk_.get(), pollInterrupt_, smsFor(call)}};
   }
 
   /// The kernels of ranks that share the GPU wait for each other, and must all fit on it.
   int smsFor(const CallOptions& call) const {
     const int wanted = call.numSms > 0 ? call.numSms : kDefaultSms;
-    return std::clamp(wanted, 1, std::max((deviceSms_ - smMargin_) / ranksOnDevice(device_), 1));
+    return std::clamp(wanted, 1, std::max((deviceSms_ - smMargin_) / ranksOnDevice(device), 1));
   }
 
-  const int device_;
   const int deviceSms_;
   const int smMargin_;
   const std::function<void()> pollInterrupt_;
   DevicePool pool_;
   PlanReporter reporter_;
   DevicePlacements placements_;
-  LandingFlags flags_{peerOrder->flags(), PeerOrder::kFlagBytes};
+  PeerMemory flags_{peerOrder->flags(), PeerOrder::kFlagBytes};
+  PeerMemory packets_{peerOrder->packets(), PeerOrder::kPacketBytes};
   DeviceArray<std::uint64_t> nextChunk_{1};
 };
 
 /// What this rank still waits for on the GPU ends, and with it what it reads and writes.
 CudaBackend::~CudaBackend() {
+  if (inChild()) return;
+  if (!left()) transport_->giveUp();
   peerOrder->abort();
   int before = 0;
   (void)cudaGetDevice(&before);
-  (void)cudaSetDevice(device_);
+  (void)cudaSetDevice(device);
   (void)cudaStreamSynchronize(stream.get());
   (void)cudaSetDevice(before);
 }
 
 void CudaBackend::beginCall(const CallOptions& call) {
   requireUsable();
-  const CurrentDevice current(device_);
+  const CurrentDevice current(device);
   users.add(handleOf(call.stream));
   users.allowWaiting(!call.previous.has_value());
   if (call.previous) {
@@ -159,21 +170,23 @@ void CudaBackend::beginCall(const CallOptions& call) {
     orderStreams(handleOf(call.stream), stream.get());
   }
   users.lookForCapture();
+  buryDead();
+  transport_->keepUnshared(users.capturing().has_value());
 }
 
 void CudaBackend::endCall(const CallOptions& call) {
-  const CurrentDevice current(device_);
+  const CurrentDevice current(device);
   if (!call.async) orderStreams(stream.get(), handleOf(call.stream));
 }
 
 void CudaBackend::examineRouting(DispatchRequest& request) {
-  const CurrentDevice current(device_);
+  const CurrentDevice current(device);
   Context now = context(request.call);
   cuda::examineRouting(now, reporter_, placements_.get(*request.placement), request);
 }
 
 Tensor CudaBackend::allocate(std::size_t bytes, MemoryKind kind, Stream user) {
-  const CurrentDevice current(device_);
+  const CurrentDevice current(device);
   if (user.given()) users.add(handleOf(user));
   // Between the calls of a dispatch it is known.
   if (!begun_) users.lookForCapture();
@@ -188,8 +201,9 @@ Tensor CudaBackend::allocate(std::size_t bytes, MemoryKind kind, Stream user) {
 }
 
 std::vector<std::int64_t> CudaBackend::readCounts(const HandleState& handle) {
-  const CurrentDevice current(device_);
-  awaitStream();
+  requireUsable();
+  const CurrentDevice current(device);
+  settle();
   const DeviceRouting& routing = deviceRouting(handle.onGpu);
   std::vector<std::int32_t> counts(static_cast<std::size_t>(1 + routing.numLocalExperts));
   const CountsMap map(context_.size(), routing.numLocalExperts);
@@ -205,11 +219,14 @@ std::vector<std::int64_t> CudaBackend::readCounts(const HandleState& handle) {
 }
 
 void CudaBackend::awaitStream() const {
-  EP_CUDA_TRY(cudaStreamSynchronize(stream.get()), "work of the buffer failed on the GPU");
+  const char* what = "work of the buffer failed on the GPU";
+  EP_CUDA_TRY(cudaStreamSynchronize(stream.get()), what);
+  // Graphs run on streams of the caller's.
+  if (users.everCaptured()) EP_CUDA_TRY(cudaDeviceSynchronize(), what);
 }
 
 void CudaBackend::settle() {
-  const CurrentDevice current(device_);
+  const CurrentDevice current(device);
   awaitStream();
   notice();
 }
@@ -232,7 +249,7 @@ void CudaBackend::check() {
 void CudaBackend::getDispatchLayout(const TensorView& topkIdx, const ExpertPlacement& placement,
                                     const LayoutOutputs& outputs) {
   requireUsable();
-  const CurrentDevice current(device_);
+  const CurrentDevice current(device);
   CountArguments arguments;
   arguments.topk = {topkIdx.data, nullptr, topkIdx.shape[1], topkIdx.dtype == DataType::int64};
   arguments.owner = placements_.get(placement).owner;
@@ -248,7 +265,7 @@ void CudaBackend::getDispatchLayout(const TensorView& topkIdx, const ExpertPlace
 
 std::vector<double> CudaBackend::timePush(std::size_t bytes, int numSms, int repeats) {
   return run("push", [&] {
-    const CurrentDevice current(device_);
+    const CurrentDevice current(device);
     beginEpoch("push");
     CallOptions call;
     call.numSms = numSms;

@@ -33,6 +33,7 @@ class RowReducer {
 
   void run() {
     context_.keep(handle_.onGpu);
+    reserve();
     const std::vector<CombineEntry> entries = exchangeOffers();
     if (std::all_of(entries.begin(), entries.end(), isReadable)) {
       pull(entries);
@@ -44,10 +45,11 @@ class RowReducer {
  private:
   static bool isReadable(const CombineEntry& entry) { return entry.rows.access != Access::none; }
 
+  void reserve();
   std::vector<CombineEntry> exchangeOffers();
   CombineEntry offer();
   std::optional<ArrayAddress> offerWeights();
-  void describe(SumArguments& sum) const;
+  void describe(SumArguments& sum);
   void bindSpan(std::size_t rank);
   int rowAlignment() const;
 
@@ -81,6 +83,15 @@ class RowReducer {
   ArenaBlock landing_;                       ///< for what peers push here, or read
   std::vector<const std::uint64_t*> flags_;  ///< [R] of what others push here
 };
+
+void RowReducer::reserve() {
+  try {
+    context_.reserveTables(3);
+  } catch (const Error& error) {
+    postRefusal(context_, Operation::combine, error.what());
+    throw OperationRefused{std::current_exception()};
+  }
+}
 
 /// Where this rank's rows can be read, if they can.
 CombineEntry RowReducer::offer() {
@@ -124,7 +135,7 @@ std::vector<CombineEntry> RowReducer::exchangeOffers() {
 }
 
 /// What pulling and pushing have in common.
-void RowReducer::describe(SumArguments& sum) const {
+void RowReducer::describe(SumArguments& sum) {
   sum.out = static_cast<std::byte*>(request_.outputs.x.data);
   sum.dtype = request_.inputs.x.dtype;
   sum.hidden = request_.signature.hidden;
@@ -289,15 +300,15 @@ LandingTarget RowReducer::bindTarget(std::size_t rank, const CombineLanding& lan
   }
   if (room == 0) return target;
   const int peer = static_cast<int>(rank);
-  // The owner has a row for each of its tokens, of which the host may not know how many there are.
-  const RowRange range{0, countsOnHost() ? room : 1};
+  // The owner has a row for each of its tokens, and the host may not know how many those are.
+  const RowRange range{0, countsOnHost() ? room : 0};
   target.rows = peerRows(context_, peer, landing.rows, range, rowBytes_, kRegionAlignment);
   if (weightBytes_ != 0) {
     target.weights = reinterpret_cast<float*>(
         peerRows(context_, peer, landing.weights, range, weightBytes_, kRegionAlignment));
   }
   target.flags = reinterpret_cast<std::uint64_t*>(peerRows(
-      context_, peer, landing.flags, {0, 1}, sizeof(std::uint64_t), sizeof(std::uint64_t)));
+      context_, peer, landing.flags, {0, 0}, sizeof(std::uint64_t), sizeof(std::uint64_t)));
   return target;
 }
 

@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "cuda/kernels.hpp"
-#include "cuda/landing_flags.hpp"
 #include "cuda/order.hpp"
+#include "cuda/peer_memory.hpp"
 #include "cuda/resources.hpp"
 #include "cuda/streams.hpp"
 #include "host/context.hpp"
@@ -30,8 +30,9 @@ struct Movers {
   cudaStream_t stream;  ///< on which all of an operation's work is enqueued
   bool capturing;       ///< for a graph, instead of run
   const Order& order;
-  Notice* notice;  ///< for what goes wrong on the GPU
-  LandingFlags& flags;
+  Notice* notice;            ///< for what goes wrong on the GPU
+  PeerMemory& flags;         ///< of rows that peers push here
+  PeerMemory& packets;       ///< of counts
   std::uint64_t* nextChunk;  ///< in device memory, 0 between kernels
   const std::function<void()>& pollInterrupt;
   int numSms;  ///< that a kernel may use
@@ -50,17 +51,26 @@ struct Context : HostContext, Movers {
     if (capturing) keepWithGraph(stream, owner);
     return owner;
   }
-  /// For the arguments of a kernel: a few in them, more in memory.
+  /// Takes memory for so many tables of perRank(), while no kernel of a peer waits for this rank:
+  /// to take memory may wait for the GPU.
+  void reserveTables(int count) {
+    if (size() <= PerRank<int>::kMost) return;
+    for (int i = 0; i < count; ++i) {
+      tables_.push_back(take(static_cast<std::size_t>(size()) * kTableBytes));
+    }
+  }
+  /// For the arguments of a kernel: a few in them, more in memory, which lives as long as this.
   template <typename T>
-  PerRank<T> perRank(const std::vector<T>& values) const {
+  PerRank<T> perRank(const std::vector<T>& values) {
     PerRank<T> result;
     if (values.size() <= PerRank<T>::kMost) {
       std::copy(values.begin(), values.end(), result.few);
       return result;
     }
     static_assert(std::is_trivially_copyable_v<T> && sizeof(T) % sizeof(std::int32_t) == 0);
+    static_assert(sizeof(T) <= kTableBytes);
     const auto words = static_cast<std::int64_t>(values.size() * sizeof(T) / sizeof(std::int32_t));
-    const auto memory = take(values.size() * sizeof(T));
+    const std::shared_ptr<std::byte>& memory = tables_.at(numTables_++);
     storeValues(reinterpret_cast<std::int32_t*>(memory.get()),
                 reinterpret_cast<const std::int32_t*>(values.data()), words, stream);
     result.many = reinterpret_cast<const T*>(memory.get());
@@ -73,6 +83,12 @@ struct Context : HostContext, Movers {
     tensor.view.data = tensor.owner.get();
     return tensor;
   }
+
+ private:
+  static constexpr std::size_t kTableBytes = 128;  ///< of a rank
+
+  std::vector<std::shared_ptr<std::byte>> tables_;
+  std::size_t numTables_ = 0;
 };
 
 /// The largest of 16, 8, 4, 2 and 1 that divides all addresses and sizes added.

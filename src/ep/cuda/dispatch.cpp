@@ -34,6 +34,7 @@ class RowMover {
     try {
       bindOutputs(outputs);
       if (exchangesCounts()) incoming_ = takeIncoming();
+      context.reserveTables(2);
     } catch (const Error& error) {
       abandonRows(context, Verdict::noRoom, error.what());
       throw OperationRefused{std::current_exception()};
@@ -56,7 +57,7 @@ class RowMover {
   void bindOutputs(const DispatchOutputs& outputs);
   void bindLanding();
   Tensor allocateRows(DataType dtype);
-  ArenaBlock takeIncoming();
+  const ArenaBlock& takeIncoming();
   const std::vector<Message>& publish();
   void bindTargets(const std::vector<Message>& publications);
   void bindTarget(std::size_t rank, const DispatchPublish& publication);
@@ -158,15 +159,11 @@ Tensor RowMover::allocateRows(DataType dtype) {
   return rows;
 }
 
-ArenaBlock RowMover::takeIncoming() {
-  const std::size_t bytes =
-      arrayBytes(context_.size() * (1 + routing_.numLocalExperts), sizeof(std::uint64_t));
-  auto block = context_.arena.allocate(bytes);
-  if (!block) {
-    throw SystemError(cat("the arena has no room for the ", bytes, " bytes of counts per expert"));
-  }
-  context_.keep(block->data);
-  return std::move(*block);
+const ArenaBlock& RowMover::takeIncoming() {
+  return context_.packets.reserve(
+      context_.arena,
+      arrayBytes(context_.size() * (1 + routing_.numLocalExperts), sizeof(std::uint64_t)),
+      context_.stream, context_.capturing);
 }
 
 const std::vector<Message>& RowMover::publish() {
@@ -303,9 +300,11 @@ void RowMover::sendRows() {
   arguments.rowAlignment = rowAlignment();
   int next = 0;
   for (const Column column : {kTopkIdx, kSourceIndex}) {
-    arguments.poison.data[next] = outputs_[column].data;
-    arguments.poison.bytes[next++] =
-        outputs_[column].data != nullptr ? plan_.numRows * rowBytes_[column] : 0;
+    // What has landed is copied to the output, also if nothing has.
+    for (std::byte* data : {outputs_[column].data, outputs_[column].landing}) {
+      arguments.poison.data[next] = data;
+      arguments.poison.bytes[next++] = data != nullptr ? plan_.numRows * rowBytes_[column] : 0;
+    }
   }
   arguments.order = context_.order;
   pushRows(arguments, context_.numSms, context_.stream);

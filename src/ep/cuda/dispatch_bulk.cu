@@ -261,6 +261,7 @@ __device__ void raiseEntered(const Order& order) {
 /// Waits for the peers. Called by a warp of each block.
 __device__ void decideEntry(const Order& order, BlockState& state) {
   const bool came = awaitAll(order, state.epoch, Word::entered);
+  __syncwarp();  // what every lane has seen comes before what lane 0 tells the block
   if (laneIndex() != 0) return;
   state.entered = came;
   arrive(&state.decided);

@@ -26,7 +26,9 @@ __device__ void sendCounts(const ExchangeArguments& exchange, std::uint64_t epoc
   }
   for (std::int64_t e = threadIdx.x; e < exchange.placement.numExperts; e += blockDim.x) {
     std::uint64_t* counts = exchange.outgoing[exchange.placement.owner[e]] + 1;
-    sendCount(counts + exchange.placement.localIndex[e], epoch, exchange.perExpert[e]);
+    // A negative count is noticed elsewhere, and would be no packet.
+    const std::int32_t count = exchange.perExpert[e] < 0 ? 0 : exchange.perExpert[e];
+    sendCount(counts + exchange.placement.localIndex[e], epoch, count);
   }
 }
 

@@ -66,8 +66,9 @@ struct PushTarget {
 
 /// Bytes of results that are set to 0xFF if the operation fails.
 struct Poison {
-  std::byte* data[2] = {};
-  std::int64_t bytes[2] = {};
+  static constexpr int kMost = 4;
+  std::byte* data[kMost] = {};
+  std::int64_t bytes[kMost] = {};
 };
 
 struct PushArguments {

@@ -16,13 +16,11 @@ class Mapped {
   static_assert(std::is_trivially_copyable_v<T>);
 
   explicit Mapped(std::size_t count = 1) : count_(count) {
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    EP_CUDA_TRY(cudaThreadExchangeStreamCaptureMode(&mode), "cannot take host memory");
+    const RelaxedCapture relaxed;
     void* data = nullptr;
-    const cudaError_t taken =
-        cudaHostAlloc(&data, count * sizeof(T), cudaHostAllocMapped | cudaHostAllocPortable);
-    (void)cudaThreadExchangeStreamCaptureMode(&mode);
-    EP_CUDA_TRY(taken, "cannot take host memory that the GPU can use");
+    EP_CUDA_TRY(
+        cudaHostAlloc(&data, count * sizeof(T), cudaHostAllocMapped | cudaHostAllocPortable),
+        "cannot take host memory that the GPU can use");
     data_ = static_cast<T*>(data);
     for (std::size_t i = 0; i < count; ++i) data_[i] = T{};
   }

@@ -39,13 +39,13 @@ std::uint64_t nanoseconds(double seconds) {
 PeerOrder::PeerOrder(Transport& transport, std::uint64_t firstEpoch,
                      std::chrono::duration<double> timeout)
     : flagsAt_(alignUp(SignalMap(transport.size()).bytes(), kCacheLine)),
-      signals_(transport.share(flagsAt_ + kFlagBytes)),
+      signals_(transport.share(flagsAt_ + kFlagBytes + kPacketBytes)),
       epoch_(1),
       blocksDone_(1),
       peers_(static_cast<std::size_t>(transport.size())),
       timeout_(timeout.count()) {
   // Before the ranks connect, and so before any kernel of a peer's raises a word.
-  EP_CUDA_TRY(cudaMemset(signals_.data, 0, flagsAt_ + kFlagBytes),
+  EP_CUDA_TRY(cudaMemset(signals_.data, 0, flagsAt_ + kFlagBytes + kPacketBytes),
               "cannot clear the words of the ranks");
   EP_CUDA_TRY(cudaDeviceSynchronize(), "cannot clear the words of the ranks");
   // 0 says that the buffer has failed.
@@ -74,9 +74,9 @@ void PeerOrder::connect(Transport& transport) {
   peers_.write(peers);
 }
 
-ArenaBlock PeerOrder::flags() const {
-  return {{signals_.data + flagsAt_, [owner = signals_.owner](std::byte*) {}},
-          {Access::straight, kSignalSegment, flagsAt_}};
+ArenaBlock PeerOrder::part(std::size_t offset) const {
+  return {{signals_.data + offset, [owner = signals_.owner](std::byte*) {}},
+          {Access::straight, kSignalSegment, offset}};
 }
 
 void PeerOrder::throwIfFailed() const {

@@ -24,9 +24,11 @@ class PeerOrder {
 
   const Order& arguments() const { return order_; }
 
-  /// Memory behind the words, zero, for flags.
-  ArenaBlock flags() const;
+  // Memory behind the words, zero.
   static constexpr std::size_t kFlagBytes = std::size_t{1} << 20;
+  static constexpr std::size_t kPacketBytes = std::size_t{1} << 18;
+  ArenaBlock flags() const { return part(flagsAt_); }
+  ArenaBlock packets() const { return part(flagsAt_ + kFlagBytes); }
 
   /// Ends all waits of kernels of this rank, now and later.
   void abort() noexcept { __atomic_store_n(abort_.get(), 1U, __ATOMIC_RELEASE); }
@@ -34,6 +36,8 @@ class PeerOrder {
   void throwIfFailed() const;
 
  private:
+  ArenaBlock part(std::size_t offset) const;
+
   Mapped<std::uint32_t> abort_;
   Mapped<WaitFailure> failure_;
   std::size_t flagsAt_;

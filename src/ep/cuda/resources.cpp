@@ -57,12 +57,9 @@ OwnedStream::~OwnedStream() {
 }
 
 void* takeDeviceMemory(std::size_t bytes) {
-  // A graph that is captured, by any thread, forbids what might wait for the GPU; this does not.
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  EP_CUDA_TRY(cudaThreadExchangeStreamCaptureMode(&mode), "cannot take GPU memory");
+  const RelaxedCapture relaxed;
   void* data = nullptr;
   const cudaError_t taken = cudaMalloc(&data, std::max<std::size_t>(bytes, 1));
-  (void)cudaThreadExchangeStreamCaptureMode(&mode);
   if (taken == cudaErrorMemoryAllocation) {
     (void)cudaGetLastError();
     throw SystemError(

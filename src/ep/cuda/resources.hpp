@@ -60,16 +60,10 @@ class DeviceArray {
 /// part of the graph.
 template <typename Work>
 void doNow(const Work& work) {
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  EP_CUDA_TRY(cudaThreadExchangeStreamCaptureMode(&mode), "cannot use a stream");
-  cudaError_t done = cudaSuccess;
-  {
-    const OwnedStream stream;
-    work(stream.get());
-    done = cudaStreamSynchronize(stream.get());
-  }
-  (void)cudaThreadExchangeStreamCaptureMode(&mode);
-  EP_CUDA_TRY(done, "work on the GPU failed");
+  const RelaxedCapture relaxed;
+  const OwnedStream stream;
+  work(stream.get());
+  EP_CUDA_TRY(cudaStreamSynchronize(stream.get()), "work on the GPU failed");
 }
 
 /// GPU memory that peers do not reach, kept for reuse when its user lets go of it: cudaMalloc and

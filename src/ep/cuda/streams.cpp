@@ -2,6 +2,7 @@
 #include "cuda/streams.hpp"
 
 #include <algorithm>
+#include <mutex>
 
 namespace mscclpp_ep::cuda {
 
@@ -19,16 +20,39 @@ cudaGraph_t graphOf(cudaStream_t stream) {
   return graph;
 }
 
+/// What graphs kept that are no more.
+struct Graveyard {
+  std::mutex mutex;
+  std::vector<std::shared_ptr<const void>> dead;
+};
+
+Graveyard& graveyard() {
+  static auto& instance = *new Graveyard;
+  return instance;
+}
+
+void dieWithGraph(void* held) {
+  const std::unique_ptr<std::shared_ptr<const void>> owner(
+      static_cast<std::shared_ptr<const void>*>(held));
+  const std::lock_guard lock(graveyard().mutex);
+  graveyard().dead.push_back(std::move(*owner));
+}
+
 }  // namespace
+
+void buryDead() {
+  // Declared before the lock, and so destroyed after it.
+  std::vector<std::shared_ptr<const void>> dead;
+  const std::lock_guard lock(graveyard().mutex);
+  dead.swap(graveyard().dead);
+}
 
 void keepWithGraph(cudaStream_t stream, const std::shared_ptr<const void>& owner) {
   const cudaGraph_t graph = graphOf(stream);
   auto held = std::make_unique<std::shared_ptr<const void>>(owner);
   cudaUserObject_t object = nullptr;
   EP_CUDA_TRY(
-      cudaUserObjectCreate(
-          &object, held.get(), [](void* p) { delete static_cast<std::shared_ptr<const void>*>(p); },
-          1, cudaUserObjectNoDestructorSync),
+      cudaUserObjectCreate(&object, held.get(), dieWithGraph, 1, cudaUserObjectNoDestructorSync),
       "cannot let a graph keep memory");
   // The object has it now.
   [[maybe_unused]] const auto* const owned = held.release();
@@ -65,6 +89,7 @@ void UserStreams::lookForCapture() {
   for (const cudaStream_t stream : users_) {
     if (!capturing_ && isCapturing(stream)) capturing_ = stream;
   }
+  everCaptured_ = everCaptured_ || capturing_.has_value();
 }
 
 std::unique_ptr<Fence> UserStreams::fence() {

@@ -26,7 +26,10 @@ class StreamEvent {
   StreamEvent(const StreamEvent&) = delete;
   StreamEvent& operator=(const StreamEvent&) = delete;
 
-  bool passed() const { return cudaEventQuery(event_) == cudaSuccess; }
+  bool passed() const {
+    const RelaxedCapture relaxed;
+    return cudaEventQuery(event_) == cudaSuccess;
+  }
   void hold(cudaStream_t stream) const {
     EP_CUDA_TRY(cudaStreamWaitEvent(stream, event_, 0), "cannot wait for an event");
   }
@@ -53,8 +56,12 @@ inline bool isCapturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-/// Lets the graph that a stream captures, and all that is made of it, keep what `owner` holds.
+/// Lets the graph that a stream captures, and all that is made of it, keep what `owner` holds. When
+/// the graph is destroyed that is let go of by the next buryDead(), as CUDA may not be called
+/// there.
 void keepWithGraph(cudaStream_t stream, const std::shared_ptr<const void>& owner);
+
+void buryDead();
 
 /// The streams on which the memory of a buffer is used. Memory that was dropped is free when all of
 /// them have got past that: then, or at once, if the stream of the buffer's operations, which is
@@ -73,6 +80,8 @@ class UserStreams {
   void lookForCapture();
   /// The stream by which that is so; none: no graph is captured.
   std::optional<cudaStream_t> capturing() const { return capturing_; }
+  /// Whether one ever was: it may be running now, on any stream.
+  bool everCaptured() const { return everCaptured_; }
 
   /// A fence behind what is enqueued now; null while a graph is captured, of which other streams
   /// are no part.
@@ -85,6 +94,7 @@ class UserStreams {
   std::set<cudaStream_t> users_;
   bool mayWait_ = true;
   std::optional<cudaStream_t> capturing_;
+  bool everCaptured_ = false;
 };
 
 }  // namespace mscclpp_ep::cuda

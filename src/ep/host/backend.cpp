@@ -64,9 +64,11 @@ void HostBackend::beginEpoch(const char* operation) {
   enter(Mode::highThroughput, operation, context_.epoch);
 }
 
+bool HostBackend::inChild() const { return ::getpid() != process_; }
+
 /// Memory and sockets are shared with a forked child, which would speak in its parent's name.
 void HostBackend::refuseChild() const {
-  if (::getpid() == process_) return;
+  if (!inChild()) return;
   throw SystemError(
       "the buffer was made before this process was forked; make buffers after fork, "
       "or start ranks by spawn");
@@ -201,7 +203,7 @@ BufferStats HostBackend::stats() {
 
 void HostBackend::destroy() {
   // In a forked child, or after a failure, there is nobody to wait for.
-  if (::getpid() != process_ || !failure_.empty()) return;
+  if (inChild() || !failure_.empty()) return;
   if (begun_) {
     run("dispatch", [&] {
       abandonRows(context_, Verdict::rejected, "it destroyed its buffer before it had finished");
@@ -210,6 +212,7 @@ void HostBackend::destroy() {
   requireUsable();
   settle();
   transport_->leave();
+  left_ = true;
 }
 
 std::unique_ptr<Trace> openTrace(BufferOptions& options, const Bootstrap& bootstrap,

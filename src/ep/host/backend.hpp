@@ -75,8 +75,11 @@ class HostBackend : public Backend, public std::enable_shared_from_this<HostBack
   void enter(Mode mode, const char* operation, std::uint64_t epoch);
 
   void beginEpoch(const char* operation);
+  bool inChild() const;
   void refuseChild() const;
   void requireUsable();
+  /// Whether all ranks have said goodbye.
+  bool left() const { return left_; }
   void requireNoDispatch() const;
 
   std::unique_ptr<Transport> transport_;
@@ -103,6 +106,7 @@ class HostBackend : public Backend, public std::enable_shared_from_this<HostBack
 
   std::uint64_t nextEpoch_;
   const pid_t process_;
+  bool left_ = false;
   std::string failure_;  ///< why the buffer can only be destroyed; empty if it can be used
   std::string dropped_;  ///< for the next check()
 };

@@ -21,6 +21,21 @@
 
 namespace mscclpp_ep {
 
+/// Lets this thread call what might wait for the GPU, which is forbidden while a graph is captured,
+/// by any thread, unless it says so.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() {
+    EP_CUDA_TRY(cudaThreadExchangeStreamCaptureMode(&mode_), "cannot relax a capture");
+  }
+  ~RelaxedCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 /// Makes a GPU the current one of this thread, and restores the one before at the end.
 class CurrentDevice {
  public:

@@ -144,8 +144,13 @@ class Residents {
     int before = 0;
     (void)cudaGetDevice(&before);
     (void)cudaSetDevice(device);
-    (void)cudaDeviceSynchronize();
+    const cudaError_t idle = cudaDeviceSynchronize();
     (void)cudaSetDevice(before);
+    if (idle != cudaSuccess) {
+      // The GPU may still use them: they stay.
+      (void)cudaGetLastError();
+      return;
+    }
     for (const Mapping& mapping : std::exchange(dropped_, {})) {
       const auto address = reinterpret_cast<CUdeviceptr>(mapping.data);
       driver().cuMemUnmap(address, mapping.bytes);

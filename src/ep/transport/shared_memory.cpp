@@ -254,6 +254,7 @@ std::string SharedMemory::describe() const {
 void SharedMemory::beginOperation(const char* name, std::uint64_t epoch) {
   operation_ = name;
   epoch_ = epoch;
+  if (keepsUnshared_) return;
   retired_.clear();
   if (newThreadSegments_) forgetThreadsSegments();
 }

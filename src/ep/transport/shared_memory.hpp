@@ -38,6 +38,7 @@ class SharedMemory final : public Transport {
   std::int64_t shareableBytes() const override { return segments_->available(); }
   SharedBlock share(std::size_t bytes) override;
   void unshare(std::uint32_t id) override;
+  void keepUnshared(bool keep) override { keepsUnshared_ = keep; }
   std::byte* peerMemory(int peer, std::uint32_t id, std::uint64_t offset,
                         std::size_t bytes) override;
   void beginOperation(const char* name, std::uint64_t epoch) override;
@@ -109,6 +110,7 @@ class SharedMemory final : public Transport {
   std::vector<Peer> peers_;
   std::vector<std::shared_ptr<Segment>> retired_;  ///< unshared in this operation
   std::uint32_t nextSegment_ = 1;
+  bool keepsUnshared_ = false;
   bool newThreadSegments_ = false;  ///< some that a thread shared before may be obsolete
   const char* operation_ = "connecting";
   std::uint64_t epoch_ = 0;

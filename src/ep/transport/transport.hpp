@@ -53,6 +53,8 @@ class Transport {
   virtual SharedBlock share(std::size_t bytes) = 0;
   /// Lets peers forget memory that was shared. None of them may be using it.
   virtual void unshare(std::uint32_t id) = 0;
+  /// Whether what peers have unshared stays mapped for now.
+  virtual void keepUnshared(bool keep) { (void)keep; }
   /// Bytes of a peer's shared memory, mapped here. Throws PeerFailure if there are none such.
   virtual std::byte* peerMemory(int peer, std::uint32_t id, std::uint64_t offset,
                                 std::size_t bytes) = 0;

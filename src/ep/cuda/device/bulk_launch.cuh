@@ -49,7 +49,9 @@ inline const DeviceLimits& deviceLimits() {
 inline bool canCopyInBulk() {
   const char* plain = std::getenv("MSCCLPP_EP_PLAIN_COPIES");
   if (plain != nullptr && std::strcmp(plain, "1") == 0) return false;
-  return deviceLimits().computeCapability >= 9;
+  // The kernels are made for the shared memory of data-centre chips; some others have half of it.
+  constexpr int kLeastSharedBytes = 200 << 10;
+  return deviceLimits().computeCapability >= 9 && deviceLimits().sharedBytes >= kLeastSharedBytes;
 }
 
 /// Lets a kernel ask for so much shared memory beyond what it declares.

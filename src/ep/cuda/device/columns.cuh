@@ -130,7 +130,8 @@ struct Choice {
 template <class Index>
 __device__ __forceinline__ Choice loadChoice(const PushArguments& push, int rank, std::int64_t at) {
   const Index id = static_cast<const Index*>(push.topk.ids)[at];
-  if (id < 0 || push.placement.owner[id] != rank) return {};
+  // Where no host has waited for the plan, ids out of range come here: they are no choices.
+  if (id < 0 || id >= push.placement.numExperts || push.placement.owner[id] != rank) return {};
   const float weight = push.topk.weights != nullptr ? push.topk.weights[at] : 0.0F;
   return {push.placement.localIndex[id], weight};
 }
@@ -186,7 +187,7 @@ __device__ inline void pushColumns(const PushArguments& push, int warp, int numW
 
 /// Marks results as those of an operation that failed.
 __device__ inline void poison(const Poison& results) {
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < Poison::kMost; ++i) {
     for (std::int64_t at = threadIdx.x; at < results.bytes[i]; at += blockDim.x) {
       results.data[i][at] = std::byte{0xFF};
     }

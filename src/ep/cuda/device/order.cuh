@@ -125,6 +125,7 @@ __device__ inline bool leavePeers(const Order& order) {
       __threadfence_system();
     }
     before = __shfl_sync(kAllLanes, before, 0);
+    __syncwarp();  // what lane 0 has seen comes before what all lanes raise
     const std::uint64_t epoch = currentEpoch(order);
     if (before + 1 == gridDim.x) {
       if (epoch != 0 && order.numRanks > 1) {

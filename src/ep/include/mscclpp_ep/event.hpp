@@ -16,7 +16,7 @@ class MSCCLPP_EP_API Event {
   /// `device` is the GPU of the stream.
   Event(Stream stream, int device);
 
-  /// Makes a stream wait for the event.
+  /// Makes a stream of the same GPU wait for the event.
   void wait(Stream stream) const;
   /// Whether what was on the stream is done.
   bool passed() const;
@@ -25,6 +25,7 @@ class MSCCLPP_EP_API Event {
 
  private:
   std::shared_ptr<void> event_;
+  int device_ = 0;
 };
 
 }  // namespace mscclpp_ep

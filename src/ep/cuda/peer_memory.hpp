@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-#ifndef MSCCLPP_EP_CUDA_LANDING_FLAGS_HPP_
-#define MSCCLPP_EP_CUDA_LANDING_FLAGS_HPP_
+#ifndef MSCCLPP_EP_CUDA_PEER_MEMORY_HPP_
+#define MSCCLPP_EP_CUDA_PEER_MEMORY_HPP_
 
 #include <algorithm>
 #include <cstddef>
@@ -12,13 +12,12 @@
 
 namespace mscclpp_ep::cuda {
 
-/// Flags of rows that peers push here, in memory that is zero at first and is nothing else ever.
-class LandingFlags {
+/// Memory for what peers write here of one kind, flags or packets: zero at first, and nothing else
+/// ever.
+class PeerMemory {
  public:
   /// Begins with memory that is zero.
-  LandingFlags(ArenaBlock first, std::size_t bytes) {
-    blocks_.push_back({std::move(first), bytes});
-  }
+  PeerMemory(ArenaBlock first, std::size_t bytes) { blocks_.push_back({std::move(first), bytes}); }
 
   /// So many bytes. Throws SystemError if the arena has no room for them.
   const ArenaBlock& reserve(Arena& arena, std::size_t bytes, cudaStream_t stream, bool capturing) {
@@ -27,24 +26,27 @@ class LandingFlags {
   }
 
  private:
-  struct Flags {
+  struct Part {
     ArenaBlock block;
     std::size_t bytes;
   };
 
   void add(Arena& arena, std::size_t bytes, cudaStream_t stream, bool capturing) {
-    EP_EXPECTS(!capturing, "a combine of so many tokens has to be made once before it is captured");
+    EP_EXPECTS(
+        !capturing,
+        "an operation of so many tokens or experts has to be made once before it is captured");
     // Twice as many as before, so that there are few blocks.
     const std::size_t wanted = std::max(bytes, 2 * blocks_.back().bytes);
     auto block = arena.allocate(wanted);
-    if (!block) throw SystemError(cat("the arena has no room for ", wanted, " bytes of flags"));
-    EP_CUDA_TRY(cudaMemsetAsync(block->data.get(), 0, wanted, stream), "cannot clear flags");
+    if (!block)
+      throw SystemError(cat("the arena has no room for ", wanted, " bytes of flags or counts"));
+    EP_CUDA_TRY(cudaMemsetAsync(block->data.get(), 0, wanted, stream), "cannot clear memory");
     blocks_.push_back({std::move(*block), wanted});
   }
 
-  std::vector<Flags> blocks_;  ///< also those too small: graphs refer to them
+  std::vector<Part> blocks_;  ///< also those too small: graphs refer to them
 };
 
 }  // namespace mscclpp_ep::cuda
 
-#endif  // MSCCLPP_EP_CUDA_LANDING_FLAGS_HPP_
+#endif  // MSCCLPP_EP_CUDA_PEER_MEMORY_HPP_
