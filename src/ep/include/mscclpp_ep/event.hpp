@@ -25,7 +25,6 @@ class MSCCLPP_EP_API Event {
 
  private:
   std::shared_ptr<void> event_;
-  int device_ = 0;
 };
 
 }  // namespace mscclpp_ep
