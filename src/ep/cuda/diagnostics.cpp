@@ -77,6 +77,7 @@ std::vector<double> timePush(Context& context, std::size_t bytes, int repeats) {
   const auto rows = static_cast<std::int64_t>(alignUp(bytes, kRowBytes)) / kRowBytes;
   const auto whole = static_cast<std::size_t>(rows * kRowBytes);
   const auto source = context.pool.allocate(whole);
+  context.reserveTables(1);
   const auto ranks = static_cast<std::size_t>(context.size());
   const auto next = static_cast<std::size_t>((context.rank() + 1) % context.size());
   std::vector<std::int32_t> heads(static_cast<std::size_t>(rows) * ranks, -1);
