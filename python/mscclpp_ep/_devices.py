@@ -73,10 +73,10 @@ def torch_stream(torch: Any, gpu: int) -> int:
     return int(torch.cuda.current_stream(gpu).cuda_stream) if torch.cuda.is_initialized() else 0
 
 
-def cupy_stream(cupy: Any, gpu: int) -> int:
-    """CuPy's current stream on a GPU, as a cudaStream_t."""
+def cupy_stream(cupy: Any, gpu: int) -> Any:
+    """CuPy's current stream on a GPU, an object that keeps it."""
     with cupy.cuda.Device(gpu):
-        return int(cupy.cuda.get_current_stream().ptr)
+        return cupy.cuda.get_current_stream()
 
 
 def current_stream() -> tuple[int, int] | None:
@@ -88,7 +88,7 @@ def current_stream() -> tuple[int, int] | None:
     cupy = cupy_with_cuda()
     if cupy is not None:
         gpu = int(cupy.cuda.runtime.getDevice())
-        return cupy_stream(cupy, gpu), gpu
+        return stream_handle(cupy_stream(cupy, gpu)), gpu
     return None
 
 
@@ -101,10 +101,7 @@ def current_stream_on(gpu: int) -> Any:
     if torch is not None:
         return torch_stream(torch, gpu)
     cupy = cupy_with_cuda()
-    if cupy is None:
-        return 0
-    with cupy.cuda.Device(gpu):
-        return cupy.cuda.get_current_stream()
+    return 0 if cupy is None else cupy_stream(cupy, gpu)
 
 
 def stream_handle(stream: Any) -> int:

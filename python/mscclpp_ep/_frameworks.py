@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from mscclpp_ep import _core
-from mscclpp_ep._devices import CPU, gpu_of, torch_stream
+from mscclpp_ep._devices import CPU, cupy_stream, gpu_of, torch_stream
 from mscclpp_ep._dlpack_array import DLPackArray, as_dtype
 
 if TYPE_CHECKING:
@@ -69,16 +69,15 @@ class Framework:
         del dtype
         return self._namespace.from_dlpack(tensor.export("dlpack"))
 
-    def small_arrays(self, values: Sequence[np.ndarray], device: str) -> list[Array]:
-        """Makes arrays of the framework with the given values, all of one dtype, on a device."""
-        if device == CPU:
-            return [self._namespace.asarray(array) for array in values]
-        return [self._namespace.asarray(array, device=self._device) for array in values]
+    def small_arrays(self, values: Sequence[np.ndarray]) -> list[Array]:
+        """Makes arrays of the framework with the given values, on the CPU."""
+        return [self._namespace.asarray(array) for array in values]
 
     def zeros(self, num_bytes: int, dtype: Any, device: str) -> Array:
         """Makes an array of so many bytes, which are 0, of the framework's dtype, on a device."""
+        del device
         # As bytes at first, since NumPy lacks dtypes that others have.
-        (zeros,) = self.small_arrays([np.zeros(num_bytes, np.uint8)], device)
+        (zeros,) = self.small_arrays([np.zeros(num_bytes, np.uint8)])
         return zeros.view(dtype)
 
     def copy_to_host(self, array: Array) -> np.ndarray:
@@ -120,8 +119,7 @@ class _NumPy(Framework):
             return array.view(dtype)
         return as_dtype(array, tensor.dtype.name)
 
-    def small_arrays(self, values: Sequence[np.ndarray], device: str) -> list[Array]:
-        del device
+    def small_arrays(self, values: Sequence[np.ndarray]) -> list[Array]:
         return list(values)
 
 
@@ -145,13 +143,8 @@ class _Torch(Framework):
         del dtype
         return tensor.export("torch")
 
-    def small_arrays(self, values: Sequence[np.ndarray], device: str) -> list[Array]:
-        if device == CPU:
-            return [self._namespace.from_numpy(array) for array in values]
-        # By one copy, which the call waits for: the tensors may be used on any stream.
-        flat = np.concatenate([array.ravel() for array in values])
-        parts = self._namespace.from_numpy(flat).to(device).split([array.size for array in values])
-        return [part.view(array.shape) for part, array in zip(parts, values, strict=True)]
+    def small_arrays(self, values: Sequence[np.ndarray]) -> list[Array]:
+        return [self._namespace.from_numpy(array) for array in values]
 
     def zeros(self, num_bytes: int, dtype: Any, device: str) -> Array:
         zeros = self._namespace.zeros(num_bytes, dtype=self._namespace.uint8, device=device)
@@ -167,16 +160,10 @@ class _Cupy(Framework):
     name = "cupy"
 
     def current_stream(self, gpu: int) -> Any:
-        with self._namespace.cuda.Device(gpu):
-            return self._namespace.cuda.get_current_stream()
+        return cupy_stream(self._namespace, gpu)
 
-    def small_arrays(self, values: Sequence[np.ndarray], device: str) -> list[Array]:
-        if device == CPU:
-            return list(values)
-        with self._namespace.cuda.Device(gpu_of(device)) as current:
-            arrays = [self._namespace.asarray(array) for array in values]
-            current.synchronize()  # the arrays may be used on any stream
-            return arrays
+    def small_arrays(self, values: Sequence[np.ndarray]) -> list[Array]:
+        return list(values)
 
     def zeros(self, num_bytes: int, dtype: Any, device: str) -> Array:
         with self._namespace.cuda.Device(gpu_of(device)):
@@ -234,9 +221,9 @@ class _Jax(Framework):
         exported = tensor.export("dlpack")
         return self._namespace.numpy.from_dlpack(exported, device=self._devices[0])
 
-    def small_arrays(self, values: Sequence[np.ndarray], device: str) -> list[Array]:
+    def small_arrays(self, values: Sequence[np.ndarray]) -> list[Array]:
         target = self._devices[0]
-        if device == CPU and target.platform != "cpu":
+        if target.platform != "cpu":
             target = self._namespace.devices("cpu")[0]
         return [self._namespace.device_put(array, target) for array in values]
 
@@ -256,9 +243,7 @@ class _Dlpack(Framework):
         raw = tensor.export("numpy") if on_cpu else None
         return DLPackArray(exporter, raw, tensor.dtype.name, tuple(tensor.shape))
 
-    def small_arrays(self, values: Sequence[np.ndarray], device: str) -> list[Array]:
-        # On the CPU in any case: nothing is at hand here that copies to a GPU.
-        del device
+    def small_arrays(self, values: Sequence[np.ndarray]) -> list[Array]:
         return [DLPackArray(array, array, array.dtype.name, array.shape) for array in values]
 
     def zeros(self, num_bytes: int, dtype: Any, device: str) -> Array:

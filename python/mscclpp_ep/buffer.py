@@ -737,16 +737,16 @@ class Buffer(LowLatencyMethods):
         self, framework: Framework, async_finish: bool, used: Sequence[Array | None]
     ) -> EventOverlap:
         """What a call returns that used some tensors."""
-        if self.device == CPU:
-            return EventOverlap(EventHandle.on(None, 0) if async_finish else None)
-        if not framework.has_streams:
-            EventHandle.on(self._core.comm_stream, gpu_of(self.device)).synchronize()
-            return EventOverlap(EventHandle.on(None, 0) if async_finish else None)
+        gpu = gpu_of(self.device)
+        if self.device != CPU and not framework.has_streams:
+            EventHandle.on(self._core.comm_stream, gpu).synchronize()
         if not async_finish:
             return EventOverlap()
-        event = EventHandle.on(self._core.comm_stream, gpu_of(self.device))
+        if self.device == CPU or not framework.has_streams:
+            return EventOverlap(EventHandle.on(None, 0))
+        event = EventHandle.on(self._core.comm_stream, gpu)
         event.tell_streams_to(_noting(self))
-        if not framework.record_use(used, self._core.comm_stream, gpu_of(self.device)):
+        if not framework.record_use(used, self._core.comm_stream, gpu):
             self._in_use = [(other, kept) for other, kept in self._in_use if not other.passed()]
             self._in_use.append((event, used))
         return EventOverlap(event)

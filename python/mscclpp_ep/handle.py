@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +39,6 @@ class DispatchHandle(tuple["Array", ...]):
     epoch: int
     _buffer: _core.Buffer
     _framework: Framework
-    _made: tuple[Array, ...]
 
     @classmethod
     def wrap(
@@ -55,22 +55,20 @@ class DispatchHandle(tuple["Array", ...]):
     # Tensors are made when they are asked for, which few callers do: that takes longer than all
     # else that a call does on the host.
 
-    @property
+    @cached_property
     def _items(self) -> tuple[Array, ...]:
-        if not hasattr(self, "_made"):
-            core, export = self.core, self._framework.export
-            counts = (
-                _counts_on_cpu(core, self._buffer, self._framework)
-                if self._buffer.device == CPU
-                else [
-                    export(core.fields.rank_prefix_matrix),
-                    export(core.fields.num_send_tokens),
-                    export(core.fields.channel_prefix),
-                ]
-            )
-            rows = [core.recv_source_index, core.is_token_in_rank, core.send_head]
-            self._made = (*counts, *(export(tensor) for tensor in rows))
-        return self._made
+        core, export = self.core, self._framework.export
+        counts = (
+            _counts_on_cpu(core, self._buffer, self._framework)
+            if self._buffer.device == CPU
+            else [
+                export(core.fields.rank_prefix_matrix),
+                export(core.fields.num_send_tokens),
+                export(core.fields.channel_prefix),
+            ]
+        )
+        rows = [core.recv_source_index, core.is_token_in_rank, core.send_head]
+        return (*counts, *(export(tensor) for tensor in rows))
 
     def __getitem__(self, index: Any) -> Any:
         """Return an item, or a tuple of some."""
@@ -130,7 +128,7 @@ class DispatchHandle(tuple["Array", ...]):
             if known
             else self._buffer.read_counts(self.core)[1:]
         )
-        (array,) = self._framework.small_arrays([np.array(counts, np.int64)], CPU)
+        (array,) = self._framework.small_arrays([np.array(counts, np.int64)])
         return array
 
 
@@ -142,7 +140,7 @@ def _counts_on_cpu(
     matrix = np.full((ranks, ranks), -1, np.int32)
     matrix[:, buffer.rank] = prefix
     sent = np.array(core.num_send_tokens, np.int32).reshape(ranks, 1)
-    return framework.small_arrays([matrix, sent, np.zeros_like(sent)], CPU)
+    return framework.small_arrays([matrix, sent, np.zeros_like(sent)])
 
 
 class LowLatencyHandle(tuple["Any", ...]):

@@ -160,17 +160,10 @@ const std::vector<Message>& RowMover::publish() {
     }
     outgoing.push_back(encode(publication));
   }
-  return context_.mailbox.exchange(context_.epoch, static_cast<std::uint32_t>(Round::publish),
-                                   outgoing, "where rows go");
+  return exchangePublications(context_, outgoing, "dispatch");
 }
 
 void RowMover::receivePublications(const std::vector<Message>& publications) {
-  std::vector<Status> statuses;
-  statuses.reserve(publications.size());
-  for (const Message& message : publications) {
-    statuses.push_back(message.empty() ? Status{} : decode<Status>(message));
-  }
-  requireAll(statuses, "dispatch");
   step_ = landing_.used() ? kTokensPerLook * context_.workers.numThreads()
                           : std::max<std::int64_t>(request_.numTokens, 1);
   for (std::size_t r = 0; r < numRanks(); ++r) {

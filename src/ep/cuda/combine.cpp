@@ -209,13 +209,7 @@ void RowReducer::push() {
   std::vector<Message> outgoing;
   outgoing.reserve(landings.size());
   for (const CombineLanding& landing : landings) outgoing.push_back(encode(landing));
-  const auto& published = context_.mailbox.exchange(
-      context_.epoch, static_cast<std::uint32_t>(Round::publish), outgoing, "where rows go");
-  std::vector<Status> statuses;
-  statuses.reserve(published.size());
-  for (const Message& message : published) statuses.push_back(decode<Status>(message));
-  requireAll(statuses, "combine");
-
+  const auto& published = exchangePublications(context_, outgoing, "combine");
   std::vector<LandingTarget> targets;
   targets.reserve(sources_.size());
   for (std::size_t r = 0; r < sources_.size(); ++r) {

@@ -56,12 +56,7 @@ std::byte* nextLanding(Context& context, std::size_t bytes) {
   }
   const std::vector<Message> outgoing(static_cast<std::size_t>(context.size()),
                                       encode(publication));
-  const auto& published = context.mailbox.exchange(
-      context.epoch, static_cast<std::uint32_t>(Round::publish), outgoing, "where rows go");
-  std::vector<Status> statuses;
-  statuses.reserve(published.size());
-  for (const Message& message : published) statuses.push_back(decode<Status>(message));
-  requireAll(statuses, "push");
+  const auto& published = exchangePublications(context, outgoing, "push");
   const int next = (context.rank() + 1) % context.size();
   const ArrayAddress address =
       decodePublish(published[static_cast<std::size_t>(next)], static_cast<std::size_t>(next))

@@ -182,15 +182,10 @@ const std::vector<Message>& RowMover::publish() {
     }
     outgoing.push_back(encode(publication));
   }
-  return context_.mailbox.exchange(context_.epoch, static_cast<std::uint32_t>(Round::publish),
-                                   outgoing, "where rows go");
+  return exchangePublications(context_, outgoing, "dispatch");
 }
 
 void RowMover::bindTargets(const std::vector<Message>& publications) {
-  std::vector<Status> statuses;
-  statuses.reserve(publications.size());
-  for (const Message& message : publications) statuses.push_back(decode<Status>(message));
-  requireAll(statuses, "dispatch");
   for (std::size_t r = 0; r < numRanks(); ++r) {
     bindTarget(r, decodePublish(publications[r], r));
   }

@@ -15,7 +15,7 @@ class Mapped {
  public:
   static_assert(std::is_trivially_copyable_v<T>);
 
-  explicit Mapped(std::size_t count = 1) : count_(count) {
+  explicit Mapped(std::size_t count = 1) {
     const RelaxedCapture relaxed;
     void* data = nullptr;
     EP_CUDA_TRY(
@@ -31,11 +31,9 @@ class Mapped {
   T* get() const { return data_; }
   T& operator*() const { return *data_; }
   T* operator->() const { return data_; }
-  std::size_t count() const { return count_; }
 
  private:
   T* data_ = nullptr;
-  std::size_t count_;
 };
 
 /// A word that the other side writes, after all that it is to tell of.

@@ -72,6 +72,20 @@ void requireEntries(const HostContext& context, const std::vector<Message>& entr
   requireAgreement(signatures);
 }
 
+const std::vector<Message>& exchangePublications(HostContext& context,
+                                                 const std::vector<Message>& outgoing,
+                                                 const char* operation) {
+  const auto& published = context.mailbox.exchange(
+      context.epoch, static_cast<std::uint32_t>(Round::publish), outgoing, "where rows go");
+  std::vector<Status> statuses;
+  statuses.reserve(published.size());
+  for (const Message& message : published) {
+    statuses.push_back(message.empty() ? Status{} : decode<Status>(message));
+  }
+  requireAll(statuses, operation);
+  return published;
+}
+
 DispatchPublish decodePublish(const Message& message, std::size_t rank) {
   const auto publication = decode<DispatchPublish>(message);
   if (publication.capacity < 0 || publication.firstRow < 0 ||

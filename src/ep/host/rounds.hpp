@@ -52,6 +52,12 @@ const std::vector<Message>& exchangeEntries(HostContext& context,
 /// all ranks say.
 void requireEntries(const HostContext& context, const std::vector<Message>& entries);
 
+/// Exchanges where rows go: records that begin with a Status. Returns those of all ranks, that of a
+/// masked one empty. Throws OperationRefused if a rank says that it cannot take its rows.
+const std::vector<Message>& exchangePublications(HostContext& context,
+                                                 const std::vector<Message>& outgoing,
+                                                 const char* operation);
+
 /// What a rank has published of where rows go. Throws PeerFailure if there can be no such rows.
 DispatchPublish decodePublish(const Message& message, std::size_t rank);
 
