@@ -190,6 +190,7 @@ class TestTorch:
                 idx.fill_(2)
             for given in (stream, stream.cuda_stream):
                 per_expert = buffer.get_dispatch_layout(idx, 4, stream=given)[2]
+                stream.synchronize()
                 assert per_expert.tolist() == [0, 0, 1 << 16, 0]
 
     def test_a_call_waits_for_the_event_before_it(self):
@@ -235,6 +236,7 @@ def test_a_block_is_not_given_out_while_the_gpu_uses_it():
             with torch.cuda.stream(side):
                 torch.cuda._sleep(20_000_000)
                 kept = rows.clone()
+            buffer.record_stream(rows, side)
             del rows
             buffer.empty((1024, 64), torch.int32).fill_(-1)
             side.synchronize()

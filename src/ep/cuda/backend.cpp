@@ -157,6 +157,7 @@ CudaBackend::~CudaBackend() {
   (void)cudaSetDevice(device);
   (void)cudaStreamSynchronize(stream.get());
   (void)cudaSetDevice(before);
+  (void)cudaGetLastError();
 }
 
 void CudaBackend::beginCall(const CallOptions& call) {
@@ -170,7 +171,7 @@ void CudaBackend::beginCall(const CallOptions& call) {
     orderStreams(handleOf(call.stream), stream.get());
   }
   users.lookForCapture();
-  buryDead();
+  if (!users.capturing()) buryDead();
   transport_->keepUnshared(users.capturing().has_value());
 }
 

@@ -42,7 +42,10 @@ void Event::wait(Stream stream) const {
 bool Event::passed() const {
   const RelaxedCapture relaxed;
   const cudaError_t state = cudaEventQuery(recordedIn(event_).event);
-  if (state == cudaErrorNotReady) return false;
+  if (state == cudaErrorNotReady) {
+    (void)cudaGetLastError();
+    return false;
+  }
   EP_CUDA_TRY(state, "work before an event failed on the GPU");
   return true;
 }

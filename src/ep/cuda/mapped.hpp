@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "transport/cuda_check.hpp"
+#include "transport/cuda_memory.hpp"
 
 namespace mscclpp_ep::cuda {
 
@@ -15,7 +16,7 @@ class Mapped {
  public:
   static_assert(std::is_trivially_copyable_v<T>);
 
-  explicit Mapped(std::size_t count = 1) {
+  explicit Mapped(std::size_t count = 1) : device_(currentDevice()) {
     const RelaxedCapture relaxed;
     void* data = nullptr;
     EP_CUDA_TRY(
@@ -24,7 +25,9 @@ class Mapped {
     data_ = static_cast<T*>(data);
     for (std::size_t i = 0; i < count; ++i) data_[i] = T{};
   }
-  ~Mapped() { (void)cudaFreeHost(data_); }
+  ~Mapped() {
+    releaseWhenIdle(device_, [data = data_] { (void)cudaFreeHost(data); });
+  }
   Mapped(const Mapped&) = delete;
   Mapped& operator=(const Mapped&) = delete;
 
@@ -33,6 +36,7 @@ class Mapped {
   T* operator->() const { return data_; }
 
  private:
+  int device_;
   T* data_ = nullptr;
 };
 

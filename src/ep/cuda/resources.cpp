@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "core/memory_map.hpp"
+#include "transport/cuda_memory.hpp"
 
 namespace mscclpp_ep::cuda {
 
@@ -36,8 +37,7 @@ cudaStream_t makeStream() {
 
 }  // namespace
 
-OwnedStream::OwnedStream() {
-  EP_CUDA_TRY(cudaGetDevice(&device_), "cannot tell the current GPU");
+OwnedStream::OwnedStream() : device_(currentDevice()) {
   IdleStreams& idle = idleStreams();
   {
     const std::lock_guard lock(idle.mutex);
@@ -69,6 +69,10 @@ void* takeDeviceMemory(std::size_t bytes) {
   return data;
 }
 
+void freeDeviceMemory(int device, void* data) {
+  releaseWhenIdle(device, [data] { (void)cudaFree(data); });
+}
+
 /// Blocks by size.
 struct DevicePool::Shelves {
   struct Block {
@@ -82,10 +86,10 @@ struct DevicePool::Shelves {
   };
 
   ~Shelves() {
-    for (const auto& [size, data] : free) (void)cudaFree(data);
-    for (const Block& block : dropped) (void)cudaFree(block.data);
+    for (const auto& [size, data] : free) freeDeviceMemory(device, data);
+    for (const Block& block : dropped) freeDeviceMemory(device, block.data);
     for (const Batch& batch : batches) {
-      for (const Block& block : batch.blocks) (void)cudaFree(block.data);
+      for (const Block& block : batch.blocks) freeDeviceMemory(device, block.data);
     }
   }
 
@@ -112,6 +116,7 @@ struct DevicePool::Shelves {
     }
   }
 
+  const int device = currentDevice();
   mutable std::mutex mutex;
   std::multimap<std::size_t, std::byte*> free;
   std::vector<Block> dropped;

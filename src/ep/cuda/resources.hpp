@@ -27,20 +27,21 @@ class OwnedStream {
   cudaStream_t get() const { return stream_; }
 
  private:
-  int device_ = 0;
+  int device_;
   cudaStream_t stream_ = nullptr;
 };
 
 /// Memory of the current GPU. Throws SystemError if there is not so much.
 void* takeDeviceMemory(std::size_t bytes);
+void freeDeviceMemory(int device, void* data);
 
 /// An array in the memory of the current GPU.
 template <typename T>
 class DeviceArray {
  public:
   explicit DeviceArray(std::size_t count)
-      : data_(static_cast<T*>(takeDeviceMemory(count * sizeof(T)))) {}
-  ~DeviceArray() { (void)cudaFree(static_cast<void*>(data_)); }
+      : device_(currentDevice()), data_(static_cast<T*>(takeDeviceMemory(count * sizeof(T)))) {}
+  ~DeviceArray() { freeDeviceMemory(device_, data_); }
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;
 
@@ -53,7 +54,8 @@ class DeviceArray {
   }
 
  private:
-  T* data_ = nullptr;
+  int device_;
+  T* data_;
 };
 
 /// Does work on a stream of its own, and waits for it, also while a graph is captured: it is not

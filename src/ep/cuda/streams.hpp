@@ -28,7 +28,10 @@ class StreamEvent {
 
   bool passed() const {
     const RelaxedCapture relaxed;
-    return cudaEventQuery(event_) == cudaSuccess;
+    if (cudaEventQuery(event_) == cudaSuccess) return true;
+    // Or the next launch of a kernel is taken to have failed.
+    (void)cudaGetLastError();
+    return false;
   }
   void hold(cudaStream_t stream) const {
     EP_CUDA_TRY(cudaStreamWaitEvent(stream, event_, 0), "cannot wait for an event");

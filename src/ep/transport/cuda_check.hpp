@@ -25,9 +25,8 @@ namespace mscclpp_ep {
 /// by any thread, unless it says so.
 class RelaxedCapture {
  public:
-  RelaxedCapture() {
-    EP_CUDA_TRY(cudaThreadExchangeStreamCaptureMode(&mode_), "cannot relax a capture");
-  }
+  // What is called next fails if this does.
+  RelaxedCapture() noexcept { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
   ~RelaxedCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
   RelaxedCapture(const RelaxedCapture&) = delete;
   RelaxedCapture& operator=(const RelaxedCapture&) = delete;
@@ -36,11 +35,17 @@ class RelaxedCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
+/// The current GPU of this thread.
+inline int currentDevice() {
+  int device = 0;
+  EP_CUDA_TRY(cudaGetDevice(&device), "cannot tell the current GPU");
+  return device;
+}
+
 /// Makes a GPU the current one of this thread, and restores the one before at the end.
 class CurrentDevice {
  public:
-  explicit CurrentDevice(int device) {
-    EP_CUDA_TRY(cudaGetDevice(&before_), "cannot tell the current GPU");
+  explicit CurrentDevice(int device) : before_(currentDevice()) {
     EP_CUDA_TRY(cudaSetDevice(device), "cannot use GPU ", device);
   }
   ~CurrentDevice() { (void)cudaSetDevice(before_); }
@@ -48,7 +53,7 @@ class CurrentDevice {
   CurrentDevice& operator=(const CurrentDevice&) = delete;
 
  private:
-  int before_ = 0;
+  int before_;
 };
 
 }  // namespace mscclpp_ep

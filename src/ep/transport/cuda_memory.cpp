@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <bit>
+#include <functional>
 #include <limits>
 #include <map>
 #include <mutex>
@@ -102,9 +103,8 @@ class Allocation {
   CUmemGenericAllocationHandle handle_;
 };
 
-/// The ranks of this process that share the memory of a GPU, and mappings there that nobody wants
-/// any more. These can be undone when the GPU does not use them, for which one has to wait; but
-/// where several ranks share the GPU, kernels of one may wait for another, whose thread this is.
+/// The ranks of this process that share the memory of a GPU, and how memory there is given back that
+/// nobody wants any more.
 class Residents {
  public:
   static Residents& of(int device) {
@@ -118,50 +118,46 @@ class Residents {
   void join() { ++count_; }
   void leave(int device) {
     --count_;
-    undo(device);
+    giveBack(device);
   }
   int count() const { return count_; }
 
-  void drop(int device, std::byte* data, std::size_t bytes) {
+  void drop(int device, std::function<void()> release) {
     {
       const std::lock_guard lock(mutex_);
-      dropped_.push_back({data, bytes});
+      dropped_.push_back(std::move(release));
     }
-    undo(device);
+    giveBack(device);
   }
 
  private:
-  struct Mapping {
-    std::byte* data;
-    std::size_t bytes;
-  };
-
-  /// Whatever fails, it fails at the end of the process, when the driver has gone.
-  void undo(int device) {
+  void giveBack(int device) {
     if (count_ > 1) return;
     const std::lock_guard lock(mutex_);
     if (dropped_.empty()) return;
+    const RelaxedCapture relaxed;
     int before = 0;
     (void)cudaGetDevice(&before);
     (void)cudaSetDevice(device);
-    const cudaError_t idle = cudaDeviceSynchronize();
+    // If it fails, the GPU may still use the memory, which stays: a graph is captured, or the driver
+    // has gone at the end of the process.
+    if (cudaDeviceSynchronize() == cudaSuccess) {
+      for (const auto& release : std::exchange(dropped_, {})) release();
+    }
     (void)cudaSetDevice(before);
-    if (idle != cudaSuccess) {
-      // The GPU may still use them: they stay.
-      (void)cudaGetLastError();
-      return;
-    }
-    for (const Mapping& mapping : std::exchange(dropped_, {})) {
-      const auto address = reinterpret_cast<CUdeviceptr>(mapping.data);
-      driver().cuMemUnmap(address, mapping.bytes);
-      driver().cuMemAddressFree(address, mapping.bytes);
-    }
+    (void)cudaGetLastError();
   }
 
   std::atomic<int> count_{0};
   std::mutex mutex_;
-  std::vector<Mapping> dropped_;
+  std::vector<std::function<void()>> dropped_;
 };
+
+void unmap(std::byte* data, std::size_t bytes) {
+  const auto address = reinterpret_cast<CUdeviceptr>(data);
+  driver().cuMemUnmap(address, bytes);
+  driver().cuMemAddressFree(address, bytes);
+}
 
 /// Addresses until they are given to a Segment.
 struct Reservation {
@@ -264,7 +260,7 @@ class CudaSegments final : public SegmentSource {
           device_, " cannot reach memory of another rank's GPU; see nvidia-smi topo -p2p rw");
     return std::make_shared<Segment>(std::move(fd), place.release(), bytes,
                                      [device = device_](std::byte* data, std::size_t size) {
-                                       Residents::of(device).drop(device, data, size);
+                                       releaseWhenIdle(device, [=] { unmap(data, size); });
                                      });
   }
 
@@ -280,6 +276,10 @@ bool sharesByDescriptor(int device) {
             &shareable, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, device),
         "cannot tell what GPU ", device, " can do");
   return shareable != 0;
+}
+
+void releaseWhenIdle(int device, std::function<void()> release) {
+  Residents::of(device).drop(device, std::move(release));
 }
 
 int ranksOnDevice(int device) { return Residents::of(device).count(); }

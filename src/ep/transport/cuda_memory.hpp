@@ -4,6 +4,7 @@
 #ifndef MSCCLPP_EP_TRANSPORT_CUDA_MEMORY_HPP_
 #define MSCCLPP_EP_TRANSPORT_CUDA_MEMORY_HPP_
 
+#include <functional>
 #include <memory>
 
 #include "transport/segment.hpp"
@@ -14,6 +15,11 @@ namespace mscclpp_ep {
 /// GPUs that can reach the memory may use it. Throws NotBuilt if the GPU or the driver cannot share
 /// memory in this way, CudaError if something fails.
 std::shared_ptr<const SegmentSource> cudaSegments(int device);
+
+/// Lets go of memory that the GPU may be using: at once, after having waited for the GPU, where one
+/// rank of this process uses it. Where several do, kernels of one may wait for another whose thread
+/// this is: then when they have left.
+void releaseWhenIdle(int device, std::function<void()> release);
 
 /// Ranks of this process that share the memory of a GPU.
 int ranksOnDevice(int device);

@@ -32,6 +32,11 @@ def test_cached_dispatch(ranks, seed):
     ranks.check(graphs.cached, Case(tokens=(20, 7, 33, 5)), seed)
 
 
+@pytest.mark.ranks(1, 2, modes=("process",))
+def test_graphs_and_buffers_come_and_go(ranks, seed):
+    ranks.check(graphs.outlive, Case(tokens=(20, 7)), seed)
+
+
 @pytest.mark.ranks(2, modes=("process",))
 def test_without_room(ranks, seed):
     ranks.check(graphs.without_room, seed)

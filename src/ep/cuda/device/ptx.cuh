@@ -31,6 +31,16 @@ __device__ __forceinline__ std::uint64_t loadRelaxed(const std::uint64_t* word) 
   return value;
 }
 
+/// Counts blocks of this GPU: the one that is told of all others knows of all that they did.
+__device__ __forceinline__ unsigned addAcquireRelease(unsigned* word, unsigned value) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(word), "r"(value)
+               : "memory");
+  return before;
+}
+
 /// Nanoseconds of a clock that goes on while a kernel is off the GPU.
 __device__ __forceinline__ std::uint64_t globalTimer() {
   std::uint64_t now;

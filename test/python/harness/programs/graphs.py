@@ -54,9 +54,7 @@ def replays(context, case: Case, seed: int, times: int) -> None:
     arguments["num_worst_tokens"] = sum(len(sent.x) for sent in worlds[0].sent) + 3
     graph = torch.cuda.CUDAGraph()
     torch.cuda.current_stream().synchronize()
-    with torch.cuda.graph(
-        graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-    ):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         result = steps.unpack(buffer.dispatch(**arguments))
         combined, _, _ = buffer.combine(result.x, result.handle)
     for turn in range(times):
@@ -82,9 +80,7 @@ def cached(context, case: Case, seed: int) -> None:
     x = context.backend.array(world.payloads(0)[context.rank][0])
     graph = torch.cuda.CUDAGraph()
     torch.cuda.current_stream().synchronize()
-    with torch.cuda.graph(
-        graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-    ):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         result = steps.unpack(buffer.dispatch(x, handle=first.handle))
     del first
     for turn in range(5):
@@ -92,6 +88,25 @@ def cached(context, case: Case, seed: int) -> None:
         poison(context, result.x)
         graph.replay()
         steps.verify_rows(context, world, result, turn)
+
+
+def outlive(context, case: Case, seed: int) -> None:
+    """A graph and its buffer go; the first call of the next buffer is captured as well."""
+    torch = context.backend.torch
+    world = world_of(case, seed, context.size)
+    for _ in range(3):
+        arguments = steps.dispatch_arguments(context, world)
+        arguments["num_worst_tokens"] = sum(len(sent.x) for sent in world.sent)
+        buffer = context.buffer()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.current_stream().synchronize()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            result = steps.unpack(buffer.dispatch(**arguments))
+            combined, _, _ = buffer.combine(result.x, result.handle)
+        graph.replay()
+        verify(context, world, result, combined)
+        buffer.destroy()
+        del graph, result, combined
 
 
 def without_room(context, seed: int) -> None:
@@ -104,9 +119,7 @@ def without_room(context, seed: int) -> None:
     arguments = steps.dispatch_arguments(context, world)
     graph = torch.cuda.CUDAGraph()
     torch.cuda.current_stream().synchronize()
-    with torch.cuda.graph(
-        graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-    ):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         kept = torch.zeros(1, device=context.backend.device)
         error = steps.raised(ep.InvalidArgument, buffer.dispatch, **arguments)
     assert "num_worst_tokens" in str(error)
