@@ -74,7 +74,7 @@ phase_plain() {
 }
 phase_connection() {
     CUDA_DEVICE_MAX_CONNECTIONS=1 phase "one connection" suite 'not slow' \
-        'cuda-process-2 and (test_dispatch or test_combine or torrent or replays)'
+        'cuda-process-2 and (test_dispatch or test_combine or torrent or replays or nccl or two_buffers)'
 }
 phase_soak() {
     CUDA_DEVICE_MAX_CONNECTIONS=32 phase "soak, threads" suite slow 'test_torrent and cuda-thread'

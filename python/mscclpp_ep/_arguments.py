@@ -132,12 +132,12 @@ def order_call(
     previous_event: EventOverlap | EventHandle | None,
     async_finish: bool,
     stream: Any,
+    device: str,
     core: _core.Buffer,
     streams: Streams,
     num_sms: int = 0,
 ) -> _core.Ordering:
     """How a call is ordered with the caller's other work."""
-    device: str = core.device
     event = _event_of(previous_event)
     if device == CPU:
         if isinstance(event, EventHandle):

@@ -113,6 +113,9 @@ class Tensor:
     def export(self, framework: str) -> Any:
         """To "numpy", "torch" or "dlpack"."""
 
+    def export_as(self, type: object) -> object:
+        """As a type with __dlpack_c_exchange_api__; None if it has none."""
+
     @property
     def dtype(self) -> DataType: ...
 
@@ -143,9 +146,6 @@ class PendingDispatch:
 
     @property
     def num_rows(self) -> int: ...
-
-    @property
-    def num_recv_tokens_per_expert(self) -> list[int]: ...
 
 class HandleFields:
     """Counts of a handle in the memory of the GPU."""
@@ -410,7 +410,7 @@ class Buffer:
 
     def begin_cached_dispatch(self, x: View | None, scales: View | None, handle: DispatchHandle, ordering: Ordering) -> PendingDispatch: ...
 
-    def finish_dispatch(self, pending: PendingDispatch, x: Tensor | None, scales: Tensor | None, topk_idx: Tensor | None, topk_weights: Tensor | None) -> DispatchHandle: ...
+    def finish_dispatch(self, pending: PendingDispatch, x: Tensor | None, scales: Tensor | None, topk_idx: Tensor | None, topk_weights: Tensor | None) -> tuple[DispatchHandle, list[int]]: ...
 
     def abandon_dispatch(self, pending: PendingDispatch, why: str) -> None: ...
 
@@ -469,6 +469,11 @@ class DispatchSent:
 
     @property
     def layout_range(self) -> Tensor: ...
+
+def current_stream(type: object, gpu: int) -> int | None:
+    """
+    That of the framework whose tensors are of a type with __dlpack_c_exchange_api__; None if it has none.
+    """
 
 class Event:
     """A point in a stream of a GPU."""

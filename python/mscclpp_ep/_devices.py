@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 import re
@@ -38,6 +39,7 @@ def device_name(device: Any) -> str:
     raise InvalidArgument(msg)
 
 
+@functools.cache
 def gpu_of(device: str) -> int:
     """The number of a buffer's GPU; 0 on the CPU."""
     return int(device.partition(":")[2] or 0)
@@ -70,7 +72,10 @@ def cupy_with_cuda() -> Any:
 
 def torch_stream(torch: Any, gpu: int) -> int:
     """Torch's current stream on a GPU, as a cudaStream_t."""
-    return int(torch.cuda.current_stream(gpu).cuda_stream) if torch.cuda.is_initialized() else 0
+    if not torch.cuda.is_initialized():
+        return 0
+    stream = _core.current_stream(torch.Tensor, gpu)
+    return int(torch.cuda.current_stream(gpu).cuda_stream) if stream is None else stream
 
 
 def cupy_stream(cupy: Any, gpu: int) -> Any:

@@ -141,7 +141,8 @@ class _Torch(Framework):
 
     def export(self, tensor: _core.Tensor, dtype: Any = None) -> Array:
         del dtype
-        return tensor.export("torch")
+        exported = tensor.export_as(self._namespace.Tensor)
+        return tensor.export("torch") if exported is None else exported
 
     def small_arrays(self, values: Sequence[np.ndarray]) -> list[Array]:
         return [self._namespace.from_numpy(array) for array in values]

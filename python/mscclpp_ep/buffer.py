@@ -386,12 +386,11 @@ class Buffer(LowLatencyMethods):
         sources = [*arrays, *([None] * (2 - len(arrays))), topk_idx, topk_weights]
         imported = [views[0], views[1], views[5], views[6]]
         try:
-            counts = pending.num_recv_tokens_per_expert
             outputs = self._make_outputs(pending.num_rows, imported)
         except BaseException as error:
             self._core.abandon_dispatch(pending, str(error))
             raise
-        finished = self._core.finish_dispatch(pending, *outputs)
+        finished, counts = self._core.finish_dispatch(pending, *outputs)
         if topk_idx is not None and num_tokens_per_expert is not None:
             experts = int(num_tokens_per_expert.shape[0])
             note_choices(self.rank, self.group_size, experts, topk_idx)
@@ -730,7 +729,14 @@ class Buffer(LowLatencyMethods):
     ) -> _core.Ordering:
         """How a call is ordered with the caller's other work."""
         return order_call(
-            framework, previous_event, async_finish, stream, self._core, self._streams, num_sms
+            framework,
+            previous_event,
+            async_finish,
+            stream,
+            self.device,
+            self._core,
+            self._streams,
+            num_sms,
         )
 
     def _finished(

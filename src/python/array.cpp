@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "exchange.hpp"
 #include "mscclpp_ep/dlpack.hpp"
 #include "mscclpp_ep/error.hpp"
 
@@ -65,12 +66,16 @@ nb::dlpack::dtype numpyType(DataType dtype) {
 
 View importArray(nb::handle object, std::optional<DataType> dtype) {
   View result;
-  if (!nb::try_cast(object, result.array)) {
+  if (const Exchange exchange(object.type()); exchange) {
+    result.owner = nb::borrow(object);
+    result.view = exchange.view(object);
+  } else if (nb::try_cast(object, result.array)) {
+    result.view = viewOf(result.array);
+  } else {
     throw InvalidArgument(
         std::string("a ") + nb::type_name(object.type()).c_str() +
         " was given; a tensor with DLPack is needed (NumPy, Torch, JAX, CuPy, …)");
   }
-  result.view = viewOf(result.array);
   if (dtype) {
     if (itemSize(*dtype) != itemSize(result.view.dtype)) {
       throw InvalidArgument(std::string("elements of ") + name(*dtype) + " cannot be passed as " +
@@ -89,6 +94,11 @@ nb::object exportTensor(const Tensor& tensor, const char* framework) {
     return exportTo<nb::pytorch>(tensor, dlpackType(tensor.view.dtype));
   }
   return exportTo<nb::array_api>(tensor, dlpackType(tensor.view.dtype));
+}
+
+nb::object exportAs(const Tensor& tensor, nb::handle type) {
+  const Exchange exchange(type);
+  return exchange ? exchange.make(tensor) : nb::none();
 }
 
 }  // namespace mscclpp_ep::python

@@ -14,9 +14,10 @@ namespace mscclpp_ep::python {
 
 namespace nb = nanobind;
 
-/// A tensor of the caller's and the view of it; keeps the tensor alive.
+/// A tensor of the caller's and the view of it; one of the first two keeps the tensor alive.
 struct View {
   nb::ndarray<nb::ro> array;
+  nb::object owner;
   TensorView view;
 };
 
@@ -27,6 +28,8 @@ View importArray(nb::handle object, std::optional<DataType> dtype);
 /// Exports to "numpy", "torch" or "dlpack" (any framework with from_dlpack). NumPy gets types that
 /// it does not know as integers of the same size.
 nb::object exportTensor(const Tensor& tensor, const char* framework);
+/// Exports as a type of tensors that has DLPack's functions of C; None if it has not.
+nb::object exportAs(const Tensor& tensor, nb::handle type);
 
 }  // namespace mscclpp_ep::python
 

@@ -7,7 +7,9 @@
 #include <charconv>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string_view>
+#include <vector>
 
 #include "array.hpp"
 #include "bind.hpp"
@@ -102,11 +104,19 @@ PendingDispatch beginCachedDispatch(Buffer& buffer, const View* x, const View* s
   return buffer.beginCachedDispatch(inputs, handle, ordering.call);
 }
 
-DispatchHandle finishDispatch(Buffer& buffer, PendingDispatch& pending, const Tensor* x,
-                              const Tensor* scales, const Tensor* topkIdx,
-                              const Tensor* topkWeights) {
-  return buffer.finishDispatch(std::move(pending),
-                               {viewOf(x), viewOf(scales), viewOf(topkIdx), viewOf(topkWeights)});
+/// The handle, and the rows per local expert, which become objects of Python when the rows are on
+/// their way.
+nb::tuple finishDispatch(Buffer& buffer, PendingDispatch& pending, const Tensor* x,
+                         const Tensor* scales, const Tensor* topkIdx, const Tensor* topkWeights) {
+  const std::span<const std::int64_t> given = pending.numRecvTokensPerExpert();
+  const std::vector<std::int64_t> counts(given.begin(), given.end());
+  const auto finish = [&] {
+    const nb::gil_scoped_release release;
+    return buffer.finishDispatch(std::move(pending),
+                                 {viewOf(x), viewOf(scales), viewOf(topkIdx), viewOf(topkWeights)});
+  };
+  DispatchHandle handle = finish();
+  return nb::make_tuple(std::move(handle), counts);
 }
 
 void combine(Buffer& buffer, const View* x, const DispatchHandle& handle, const View* topkWeights,
@@ -180,8 +190,7 @@ void bindOperations(nb::class_<Buffer>& buffer) {
       .def("begin_cached_dispatch", &beginCachedDispatch, nb::arg("x").none(),
            nb::arg("scales").none(), nb::arg("handle"), nb::arg("ordering"), Release())
       .def("finish_dispatch", &finishDispatch, nb::arg("pending"), nb::arg("x").none(),
-           nb::arg("scales").none(), nb::arg("topk_idx").none(), nb::arg("topk_weights").none(),
-           Release())
+           nb::arg("scales").none(), nb::arg("topk_idx").none(), nb::arg("topk_weights").none())
       .def(
           "abandon_dispatch",
           [](Buffer& self, PendingDispatch& pending, const std::string& why) {

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: MIT
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "bind.hpp"
+#include "exchange.hpp"
 #include "mscclpp_ep/event.hpp"
 
 namespace mscclpp_ep::python {
@@ -11,6 +14,16 @@ namespace mscclpp_ep::python {
 namespace nb = nanobind;
 
 void bindEvent(nb::module_& m) {
+  m.def(
+      "current_stream",
+      [](nb::handle type, int gpu) -> std::optional<std::uintptr_t> {
+        const Exchange exchange(type);
+        if (!exchange) return std::nullopt;
+        return exchange.currentStream(gpu);
+      },
+      nb::arg("type"), nb::arg("gpu"),
+      "That of the framework whose tensors are of a type with __dlpack_c_exchange_api__; None if it "
+      "has none.");
   nb::class_<Event>(m, "Event", "A point in a stream of a GPU.")
       .def(
           "__init__",

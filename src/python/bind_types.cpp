@@ -37,7 +37,7 @@ void bindTensors(nb::module_& m) {
           },
           nb::arg("array"), nb::arg("dtype").none() = nb::none())
       .def_static(
-          "of", [](const Tensor& tensor) { return View{{}, tensor.view}; }, nb::arg("tensor"),
+          "of", [](const Tensor& tensor) { return View{{}, {}, tensor.view}; }, nb::arg("tensor"),
           nb::keep_alive<0, 1>(), "A view of memory of a buffer.")
       .def_prop_ro("dtype", [](const View& view) { return view.view.dtype; })
       .def_prop_ro("shape", [](const View& view) { return shapeOf(view.view); })
@@ -49,6 +49,8 @@ void bindTensors(nb::module_& m) {
             return exportTensor(tensor, framework);
           },
           nb::arg("framework"), "To \"numpy\", \"torch\" or \"dlpack\".")
+      .def("export_as", &exportAs, nb::arg("type"),
+           "As a type with __dlpack_c_exchange_api__; None if it has none.")
       .def_prop_ro("dtype", [](const Tensor& tensor) { return tensor.view.dtype; })
       .def_prop_ro("shape", [](const Tensor& tensor) { return shapeOf(tensor.view); })
       .def_ro("in_arena", &Tensor::inArena)
@@ -65,10 +67,7 @@ void bindPool(nb::module_& m) {
 
 void bindHandle(nb::module_& m) {
   nb::class_<PendingDispatch>(m, "PendingDispatch", "A dispatch between its two calls.")
-      .def_prop_ro("num_rows", &PendingDispatch::numRows)
-      .def_prop_ro("num_recv_tokens_per_expert", [](const PendingDispatch& pending) {
-        return copyOf(pending.numRecvTokensPerExpert());
-      });
+      .def_prop_ro("num_rows", &PendingDispatch::numRows);
   nb::class_<HandleFields>(m, "HandleFields", "Counts of a handle in the memory of the GPU.")
       .def_ro("num_recv_tokens", &HandleFields::numRecvTokens)
       .def_ro("num_recv_tokens_per_expert", &HandleFields::numRecvTokensPerExpert)

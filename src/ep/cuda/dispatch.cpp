@@ -48,7 +48,6 @@ class RowMover {
     if (exchangesCounts()) exchangeCountsOnGpu();
     sendRows();
     copyLanded();
-    if (request_.cached == nullptr && request_.countsOnHost()) storeCounts();
     return makeHandle();
   }
 
@@ -182,7 +181,9 @@ const std::vector<Message>& RowMover::publish() {
     }
     outgoing.push_back(encode(publication));
   }
-  return exchangePublications(context_, outgoing, "dispatch");
+  return exchangePublications(context_, outgoing, "dispatch", [&] {
+    if (request_.cached == nullptr && request_.countsOnHost()) storeCounts();
+  });
 }
 
 void RowMover::bindTargets(const std::vector<Message>& publications) {
@@ -330,7 +331,8 @@ void RowMover::copyRows(const OutputColumn& output, std::int64_t rowBytes, std::
               "cannot copy rows to the output");
 }
 
-/// Those that the host knows, for the handle.
+/// Those that the host knows, for the handle: but for the places at other ranks, which kernels look
+/// up only where the host does not know them.
 void RowMover::storeCounts() {
   const auto ranks = static_cast<std::size_t>(context_.size());
   const auto self = static_cast<std::size_t>(context_.rank());
@@ -343,7 +345,6 @@ void RowMover::storeCounts() {
   for (std::size_t r = 0; r < ranks; ++r) {
     set(map_.prefixMatrix(), r * ranks + self, plan_.firstRowFrom[r] + plan_.numRowsFrom[r]);
     set(map_.sent(), r, request_.routing.plan->numRows[r]);
-    set(map_.firstRows(), r, targets_[r].span.firstRow);
     set(map_.firstRowFrom(), r, plan_.firstRowFrom[r]);
     set(map_.numKeptFrom(), r, plan_.numKeptFrom()[r]);
   }

@@ -74,9 +74,13 @@ void requireEntries(const HostContext& context, const std::vector<Message>& entr
 
 const std::vector<Message>& exchangePublications(HostContext& context,
                                                  const std::vector<Message>& outgoing,
-                                                 const char* operation) {
-  const auto& published = context.mailbox.exchange(
-      context.epoch, static_cast<std::uint32_t>(Round::publish), outgoing, "where rows go");
+                                                 const char* operation,
+                                                 const std::function<void()>& meanwhile) {
+  constexpr auto kRound = static_cast<std::uint32_t>(Round::publish);
+  constexpr const char* kWhat = "where rows go";
+  context.mailbox.post(context.epoch, kRound, outgoing, kWhat);
+  if (meanwhile) meanwhile();
+  const auto& published = context.mailbox.collect(context.epoch, kRound, kWhat);
   std::vector<Status> statuses;
   statuses.reserve(published.size());
   for (const Message& message : published) {

@@ -4,6 +4,7 @@
 #define MSCCLPP_EP_HOST_ROUNDS_HPP_
 
 #include <cstring>
+#include <functional>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -53,10 +54,12 @@ const std::vector<Message>& exchangeEntries(HostContext& context,
 void requireEntries(const HostContext& context, const std::vector<Message>& entries);
 
 /// Exchanges where rows go: records that begin with a Status. Returns those of all ranks, that of a
-/// masked one empty. Throws OperationRefused if a rank says that it cannot take its rows.
+/// masked one empty. `meanwhile`, if given, is done while those of others are on their way. Throws
+/// OperationRefused if a rank says that it cannot take its rows.
 const std::vector<Message>& exchangePublications(HostContext& context,
                                                  const std::vector<Message>& outgoing,
-                                                 const char* operation);
+                                                 const char* operation,
+                                                 const std::function<void()>& meanwhile = {});
 
 /// What a rank has published of where rows go. Throws PeerFailure if there can be no such rows.
 DispatchPublish decodePublish(const Message& message, std::size_t rank);

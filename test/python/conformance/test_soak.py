@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 
+import mscclpp_ep
 from harness.programs import sequences, torrent
 
 # How many operations: more are left out of a plain run, like more numbers of ranks.
@@ -42,6 +43,20 @@ def test_torrent(ranks, seed):
 @pytest.mark.ranks(8)
 def test_torrent_of_many_ranks(ranks, seed):
     ranks.check(torrent.torrent, 200, seed, timeout=240)
+
+
+@pytest.mark.gpu_only
+@pytest.mark.ranks(2, 4)
+def test_two_buffers(ranks, seed):
+    ranks.check(torrent.two_buffers, 100, seed)
+
+
+@pytest.mark.gpu_only
+@pytest.mark.ranks(2, modes=("process",))
+def test_beside_nccl(ranks, seed, tmp_path):
+    if mscclpp_ep._core.cuda_device_count() < 2:
+        pytest.skip("NCCL wants a GPU for each rank")
+    ranks.check(torrent.beside_nccl, str(tmp_path / "nccl"), 100, seed)
 
 
 @pytest.mark.gpu_only

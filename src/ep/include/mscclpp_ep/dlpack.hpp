@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "mscclpp_ep/error.hpp"
 #include "mscclpp_ep/tensor.hpp"
@@ -36,7 +37,8 @@ MSCCLPP_EP_API Device fromDlpackDevice(int type, int index);
 template <typename DLTensorLike>
 TensorView fromDlpack(const DLTensorLike& tensor) {
   if (tensor.ndim < 1 || tensor.ndim > kMaxDimensions) {
-    throw InvalidArgument("a tensor has no dimensions, or more than 4");
+    throw InvalidArgument("a tensor of " + std::to_string(tensor.ndim) +
+                          " dimensions was given; 1 to 4 are allowed");
   }
   TensorView view;
   view.data = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,15 +93,71 @@ class Torrent:
         steps.wait(event)
         self.wrong += same(self.torch, combined, known.echo)
 
-    def run(self, turns: int) -> None:
-        for _ in range(turns):
-            self.turn()
+    def finish(self) -> None:
         self.buffer.check()
         assert int(self.wrong) == 0
 
 
 def torrent(context, turns: int, seed: int) -> None:
-    Torrent(context, seed).run(turns)
+    one = Torrent(context, seed)
+    for _ in range(turns):
+        one.turn()
+    one.finish()
+
+
+def two_buffers(context, turns: int, seed: int) -> None:
+    """Each buffer on a stream of its own, which the other does not wait for."""
+    torch = context.backend.torch
+    pair = []
+    for number in range(2):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            pair.append((torch.cuda.current_stream(), Torrent(context, seed + 100 * number)))
+    for _ in range(turns):
+        for stream, one in pair:
+            with torch.cuda.stream(stream):
+                one.turn()
+    for stream, one in pair:
+        with torch.cuda.stream(stream):
+            one.finish()
+
+
+def beside_nccl(context, path: str, turns: int, seed: int) -> None:
+    """Sums of NCCL on another stream, whose kernels wait for those of other ranks as well."""
+    from torch import distributed
+
+    torch, rank = context.backend.torch, context.rank
+    distributed.init_process_group(
+        "nccl",
+        init_method=f"file://{path}",
+        rank=rank,
+        world_size=context.size,
+        device_id=context.backend.device,
+    )
+    numbers = torch.full((4 << 20,), rank + 1, device=context.backend.device)
+    expected = context.size * (context.size + 1) // 2
+    wrong = torch.zeros((), dtype=torch.int64, device=context.backend.device)
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    one = Torrent(context, seed)
+
+    def total() -> None:
+        with torch.cuda.stream(other):
+            sums = numbers.clone()
+            distributed.all_reduce(sums)
+            wrong.add_((sums != expected).sum())
+
+    # To meet, NCCL waits on the host.
+    total()
+    # With one queue for all streams, work must come in the same order on all ranks.
+    in_order = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
+    for turn in range(turns):
+        first, then = (total, one.turn) if in_order or (rank + turn) % 2 else (one.turn, total)
+        first()
+        then()
+    one.finish()
+    other.synchronize()
+    assert int(wrong) == 0
+    distributed.destroy_process_group()
 
 
 def overlaps(context, seed: int) -> None:
@@ -129,7 +186,6 @@ def overlaps(context, seed: int) -> None:
 
 def killed_in_kernel(context, victim: int, timeout: float, seed: int) -> str:
     """The victim dies between its call and its kernel, for which those of the others wait."""
-    import os
     import signal
 
     import mscclpp_ep as ep
