@@ -384,9 +384,8 @@ class Buffer(LowLatencyMethods):
             pending = self._core.begin_cached_dispatch(views[0], views[1], handle.core, ordering)
         arrays = x if isinstance(x, tuple) else (x,)
         sources = [*arrays, *([None] * (2 - len(arrays))), topk_idx, topk_weights]
-        imported = [views[0], views[1], views[5], views[6]]
         try:
-            outputs = self._make_outputs(pending.num_rows, imported)
+            outputs = self._core.make_outputs(pending, views[0], views[1], views[5], views[6])
         except BaseException as error:
             self._core.abandon_dispatch(pending, str(error))
             raise
@@ -407,17 +406,6 @@ class Buffer(LowLatencyMethods):
             return recv_x, None, None, None, None, event
         wrapped = DispatchHandle.wrap(finished, self._core, framework)
         return recv_x, exported[2], exported[3], counts, wrapped, event
-
-    def _make_outputs(
-        self, rows: int, views: Sequence[_core.View | None]
-    ) -> list[_core.Tensor | None]:
-        """Memory for what a dispatch receives: in the arena, so that rows arrive in place."""
-        return [
-            None
-            if imported is None
-            else self._core.empty([rows, imported.shape[1]], imported.dtype, True)
-            for imported in views
-        ]
 
     # Combine
 

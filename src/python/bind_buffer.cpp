@@ -104,6 +104,23 @@ PendingDispatch beginCachedDispatch(Buffer& buffer, const View* x, const View* s
   return buffer.beginCachedDispatch(inputs, handle, ordering.call);
 }
 
+/// Memory for what a dispatch receives, of each array that it has: in the arena, so that rows
+/// arrive in place.
+nb::tuple makeOutputs(Buffer& buffer, const PendingDispatch& pending, const View* x,
+                      const View* scales, const View* topkIdx, const View* topkWeights) {
+  std::optional<Tensor> outputs[4];
+  {
+    const nb::gil_scoped_release release;
+    std::size_t next = 0;
+    for (const View* like : {x, scales, topkIdx, topkWeights}) {
+      std::optional<Tensor>& output = outputs[next++];
+      if (like == nullptr) continue;
+      output = buffer.empty({pending.numRows(), like->view.shape[1]}, like->view.dtype);
+    }
+  }
+  return nb::make_tuple(outputs[0], outputs[1], outputs[2], outputs[3]);
+}
+
 /// The handle, and the rows per local expert, which become objects of Python when the rows are on
 /// their way.
 nb::tuple finishDispatch(Buffer& buffer, PendingDispatch& pending, const Tensor* x,
@@ -189,6 +206,8 @@ void bindOperations(nb::class_<Buffer>& buffer) {
            nb::arg("ordering"), Release())
       .def("begin_cached_dispatch", &beginCachedDispatch, nb::arg("x").none(),
            nb::arg("scales").none(), nb::arg("handle"), nb::arg("ordering"), Release())
+      .def("make_outputs", &makeOutputs, nb::arg("pending"), nb::arg("x").none(),
+           nb::arg("scales").none(), nb::arg("topk_idx").none(), nb::arg("topk_weights").none())
       .def("finish_dispatch", &finishDispatch, nb::arg("pending"), nb::arg("x").none(),
            nb::arg("scales").none(), nb::arg("topk_idx").none(), nb::arg("topk_weights").none())
       .def(

@@ -100,8 +100,8 @@ Exchange::Exchange(nb::handle type) {
   PyObject* capsule = PyObject_GetAttrString(type.ptr(), "__dlpack_c_exchange_api__");
   if (capsule != nullptr) {
     // The type keeps it.
-    table_ = static_cast<const ExchangeTable*>(
-        PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+    table_ =
+        static_cast<const ExchangeTable*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
     Py_DECREF(capsule);
   }
   // A type that has none has the methods of Python, or is refused where these are looked for.
@@ -117,9 +117,9 @@ TensorView Exchange::view(nb::handle tensor) const {
   } catch (nb::python_error& error) {
     const std::string reason = nb::str(error.value()).c_str();
     // What follows on more lines is where in the framework it was raised.
-    throw InvalidArgument(std::string("a ") + nb::type_name(tensor.type()).c_str() +
-                          " was given that DLPack cannot describe: " +
-                          reason.substr(0, reason.find('\n')));
+    throw InvalidArgument(
+        std::string("a ") + nb::type_name(tensor.type()).c_str() +
+        " was given that DLPack cannot describe: " + reason.substr(0, reason.find('\n')));
   }
   return fromDlpack(borrowed);
 }

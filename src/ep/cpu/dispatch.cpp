@@ -8,6 +8,7 @@
 #include "cpu/columns.hpp"
 #include "cpu/integrity.hpp"
 #include "cpu/landing.hpp"
+#include "cpu/progress.hpp"
 #include "host/rounds.hpp"
 
 namespace mscclpp_ep::cpu {

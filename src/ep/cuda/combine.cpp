@@ -145,7 +145,7 @@ void RowReducer::describe(SumArguments& sum) {
     sum.outWeights = static_cast<float*>(request_.outputs.topkWeights.data);
     sum.topk = request_.signature.topk;
   }
-  sum.head = routing_.heads();
+  sum.head = routing_.head;
   sum.sources = context_.perRank(sources_);
   if (!countsOnHost()) sum.firstRows = routing_.count(map_.firstRows());
   sum.numTokens = handle_.numTokens;

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
-#include <initializer_list>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -16,7 +15,6 @@
 #include "cuda/resources.hpp"
 #include "cuda/streams.hpp"
 #include "host/context.hpp"
-#include "mscclpp_ep/tensor.hpp"
 
 namespace mscclpp_ep::cuda {
 
@@ -75,13 +73,6 @@ struct Context : HostContext, Movers {
                 reinterpret_cast<const std::int32_t*>(values.data()), words, stream);
     result.many = reinterpret_cast<const T*>(memory.get());
     return result;
-  }
-  Tensor takeTensor(DataType dtype, std::initializer_list<std::int64_t> shape) const {
-    Tensor tensor;
-    tensor.view = makeView(nullptr, dtype, shape, onDevice());
-    tensor.owner = take(numBytes(tensor.view));
-    tensor.view.data = tensor.owner.get();
-    return tensor;
   }
 
  private:

@@ -288,7 +288,7 @@ void RowMover::sendRows() {
   arguments.scales = scalesOf(request_.inputs.scales);
   arguments.topk = topkOf(request_.inputs);
   arguments.placement = placement_;
-  arguments.head = routing_.heads();
+  arguments.head = routing_.head;
   arguments.targets = context_.perRank(targets_);
   if (!request_.countsOnHost()) arguments.firstRows = routing_.count(map_.firstRows());
   arguments.numTokens = request_.numTokens;

@@ -2,8 +2,6 @@
 #include "cuda/resources.hpp"
 
 #include <algorithm>
-#include <iterator>
-#include <list>
 #include <map>
 #include <mutex>
 
@@ -79,18 +77,10 @@ struct DevicePool::Shelves {
     std::size_t size;
     std::byte* data;
   };
-  /// Blocks that were dropped, and are not free yet.
-  struct Batch {
-    std::unique_ptr<Fence> fence;
-    std::vector<Block> blocks;
-  };
 
   ~Shelves() {
     for (const auto& [size, data] : free) freeDeviceMemory(device, data);
-    for (const Block& block : dropped) freeDeviceMemory(device, block.data);
-    for (const Batch& batch : batches) {
-      for (const Block& block : batch.blocks) freeDeviceMemory(device, block.data);
-    }
+    for (const Block& block : returned.takeAll()) freeDeviceMemory(device, block.data);
   }
 
   std::byte* take(std::size_t size) {
@@ -101,26 +91,14 @@ struct DevicePool::Shelves {
     return data;
   }
 
-  /// Frees what nobody uses any more.
   void collect(const MakeFence& makeFence) {
-    if (!dropped.empty()) {
-      if (auto fence = makeFence())
-        batches.push_back({std::move(fence), std::exchange(dropped, {})});
-    }
-    for (auto batch = batches.begin(); batch != batches.end();) {
-      const bool passed = batch->fence->passed();
-      if (passed) {
-        for (const Block& block : batch->blocks) free.emplace(block.size, block.data);
-      }
-      batch = passed ? batches.erase(batch) : std::next(batch);
-    }
+    for (const Block& block : returned.collect(makeFence)) free.emplace(block.size, block.data);
   }
 
   const int device = currentDevice();
-  mutable std::mutex mutex;
+  ReturnedBlocks<Block> returned;
+  mutable std::mutex mutex;  ///< of what follows
   std::multimap<std::size_t, std::byte*> free;
-  std::vector<Block> dropped;
-  std::list<Batch> batches;
   std::int64_t bytes = 0;
 };
 
@@ -139,10 +117,8 @@ std::shared_ptr<std::byte> DevicePool::allocate(std::size_t bytes) {
     data = static_cast<std::byte*>(takeDeviceMemory(size));
     shelves_->bytes += static_cast<std::int64_t>(size);
   }
-  return {data, [shelves = shelves_, size](std::byte* block) {
-            const std::lock_guard held(shelves->mutex);
-            shelves->dropped.push_back({size, block});
-          }};
+  return {data,
+          [shelves = shelves_, size](std::byte* block) { shelves->returned.add({size, block}); }};
 }
 
 std::int64_t DevicePool::bytes() const {

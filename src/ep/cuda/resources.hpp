@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "host/arena.hpp"
+#include "host/returned_blocks.hpp"
 #include "transport/cuda_check.hpp"
 
 namespace mscclpp_ep::cuda {

@@ -3,7 +3,9 @@
 
 #include <span>
 #include <thread>
+#include <utility>
 
+#include "core/memory_map.hpp"
 #include "transport/wait.hpp"
 
 namespace mscclpp_ep::cuda {
@@ -15,14 +17,30 @@ constexpr std::chrono::milliseconds kInterruptPeriod{50};
 
 std::shared_ptr<DeviceRouting> makeRouting(const Context& context, const DispatchRequest& request) {
   auto routing = std::make_shared<DeviceRouting>();
-  const std::int64_t ranks = context.size();
   routing->numLocalExperts = request.placement->numLocal(context.rank());
-  routing->head =
-      context.take(static_cast<std::size_t>(request.numTokens * ranks) * sizeof(std::int32_t));
+  const std::int64_t numCells = request.numTokens * context.size();
   const CountsMap map(context.size(), routing->numLocalExperts);
-  routing->counts = context.take(static_cast<std::size_t>(map.size()) * sizeof(std::int32_t));
-  routing->shownHead = context.takeTensor(DataType::int32, {request.numTokens, ranks});
-  routing->shownInRank = context.takeTensor(DataType::boolean, {request.numTokens, ranks});
+  std::size_t bytes = 0;
+  const auto place = [&](std::int64_t count, std::size_t itemBytes) {
+    return std::exchange(bytes, alignUp(bytes + arrayBytes(count, itemBytes), kRegionAlignment));
+  };
+  const std::size_t head = place(numCells, sizeof(std::int32_t));
+  const std::size_t shownHead = place(numCells, sizeof(std::int32_t));
+  const std::size_t shownInRank = place(numCells, sizeof(std::uint8_t));
+  const std::size_t counts = place(map.size(), sizeof(std::int32_t));
+  routing->memory = context.take(bytes);
+  std::byte* memory = routing->memory.get();
+  const auto show = [&](std::size_t offset, DataType dtype) {
+    Tensor tensor;
+    tensor.owner = routing->memory;
+    tensor.view =
+        makeView(memory + offset, dtype, {request.numTokens, context.size()}, context.onDevice());
+    return tensor;
+  };
+  routing->head = reinterpret_cast<std::int32_t*>(memory + head);
+  routing->counts = reinterpret_cast<std::int32_t*>(memory + counts);
+  routing->shownHead = show(shownHead, DataType::int32);
+  routing->shownInRank = show(shownInRank, DataType::boolean);
   return routing;
 }
 
@@ -89,7 +107,7 @@ void examineRouting(Context& context, PlanReporter& reporter, const PlacementArr
   plan.placement = placement;
   plan.perRank = static_cast<const std::int32_t*>(request.inputs.numTokensPerRank.data);
   plan.perExpert = static_cast<const std::int32_t*>(request.inputs.numTokensPerExpert.data);
-  plan.head = reinterpret_cast<std::int32_t*>(routing->head.get());
+  plan.head = routing->head;
   plan.sent = routing->count(CountsMap(context.size(), routing->numLocalExperts).sent());
   plan.shownHead = static_cast<std::int32_t*>(routing->shownHead.view.data);
   plan.shownInRank = static_cast<std::uint8_t*>(routing->shownInRank.view.data);
@@ -110,7 +128,7 @@ HandleFields makeFields(const Context& context, const DeviceRouting& routing) {
   const auto part = [&](std::int64_t at, std::initializer_list<std::int64_t> shape) {
     Tensor tensor;
     tensor.view = makeView(routing.count(at), DataType::int32, shape, context.onDevice());
-    tensor.owner = routing.counts;
+    tensor.owner = routing.memory;
     return tensor;
   };
   HandleFields fields;

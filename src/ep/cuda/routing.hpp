@@ -39,16 +39,14 @@ class CountsMap {
 };
 
 struct DeviceRouting {
-  std::shared_ptr<std::byte> head;    ///< [T, R] int32: SendPlan::head
-  std::shared_ptr<std::byte> counts;  ///< of a CountsMap
+  std::shared_ptr<std::byte> memory;  ///< of all that follows
+  std::int32_t* head = nullptr;       ///< [T, R]: SendPlan::head
+  std::int32_t* counts = nullptr;     ///< of a CountsMap
   std::int64_t numLocalExperts = 0;
   Tensor shownHead;  ///< copies, that callers may write to
   Tensor shownInRank;
 
-  const std::int32_t* heads() const { return reinterpret_cast<const std::int32_t*>(head.get()); }
-  std::int32_t* count(std::int64_t at) const {
-    return reinterpret_cast<std::int32_t*>(counts.get()) + at;
-  }
+  std::int32_t* count(std::int64_t at) const { return counts + at; }
 };
 
 /// Of a request that has been examined, or of the handle that it repeats.

@@ -8,12 +8,12 @@
 #include <set>
 #include <vector>
 
-#include "host/arena.hpp"
+#include "host/returned_blocks.hpp"
 #include "transport/cuda_check.hpp"
 
 namespace mscclpp_ep::cuda {
 
-/// A point in a stream.
+/// A point in a stream of the current GPU.
 class StreamEvent {
  public:
   explicit StreamEvent(cudaStream_t stream) {
@@ -28,10 +28,17 @@ class StreamEvent {
 
   bool passed() const {
     const RelaxedCapture relaxed;
-    if (cudaEventQuery(event_) == cudaSuccess) return true;
+    const cudaError_t state = cudaEventQuery(event_);
+    if (state != cudaErrorNotReady) {
+      EP_CUDA_TRY(state, "work before an event failed on the GPU");
+      return true;
+    }
     // Or the next launch of a kernel is taken to have failed.
     (void)cudaGetLastError();
     return false;
+  }
+  void synchronize() const {
+    EP_CUDA_TRY(cudaEventSynchronize(event_), "work before an event failed on the GPU");
   }
   void hold(cudaStream_t stream) const {
     EP_CUDA_TRY(cudaStreamWaitEvent(stream, event_, 0), "cannot wait for an event");

@@ -2,7 +2,6 @@
 #include "host/arena.hpp"
 
 #include <algorithm>
-#include <iterator>
 #include <utility>
 
 #include "core/check.hpp"
@@ -22,35 +21,21 @@ Arena::Arena(Transport& transport, std::size_t initialBytes, std::size_t maxByte
     : transport_(transport),
       maxBytes_(maxBytes),
       makeFence_(std::move(makeFence)),
-      returned_(std::make_shared<Returned>()) {
+      returned_(std::make_shared<ReturnedBlocks<BlockRange>>()) {
   if (initialBytes > 0) grow(std::min(initialBytes, maxBytes));
 }
 
 void Arena::takeReturned() {
-  {
-    const std::lock_guard lock(returned_->mutex);
-    if (!returned_->blocks.empty()) {
-      auto fence = makeFence_ ? makeFence_() : nullptr;
-      if (fence != nullptr || !makeFence_) {
-        batches_.push_back({std::move(fence), std::exchange(returned_->blocks, {})});
-      }
-    }
-  }
-  for (auto batch = batches_.begin(); batch != batches_.end();) {
-    const bool free = batch->fence == nullptr || batch->fence->passed();
-    if (free) release(batch->blocks);
-    batch = free ? batches_.erase(batch) : std::next(batch);
+  for (const BlockRange& block : returned_->collect(makeFence_)) {
+    if (!isQuarantined(block)) allocator_.release(block);
   }
 }
 
-void Arena::release(const std::vector<BlockRange>& blocks) {
-  for (const BlockRange& block : blocks) {
-    const bool kept = std::any_of(quarantined_.begin(), quarantined_.end(), [&](const auto& at) {
-      return at.segment == block.segment && at.offset >= block.offset &&
-             at.offset < block.offset + block.bytes;
-    });
-    if (!kept) allocator_.release(block);
-  }
+bool Arena::isQuarantined(const BlockRange& block) const {
+  return std::any_of(quarantined_.begin(), quarantined_.end(), [&](const auto& at) {
+    return at.segment == block.segment && at.offset >= block.offset &&
+           at.offset < block.offset + block.bytes;
+  });
 }
 
 void Arena::quarantine(const void* data) {
@@ -95,11 +80,8 @@ ArenaBlock Arena::wrap(const BlockRange& range) {
   const SharedBlock& segment = segments_.at(range.segment);
   ArenaBlock block;
   block.address = {Access::straight, range.segment, range.offset};
-  block.data = {segment.data + range.offset,
-                [returned = returned_, range, owner = segment.owner](std::byte*) {
-                  const std::lock_guard lock(returned->mutex);
-                  returned->blocks.push_back(range);
-                }};
+  block.data = {segment.data + range.offset, [returned = returned_, range, owner = segment.owner](
+                                                 std::byte*) { returned->add(range); }};
   return block;
 }
 

@@ -5,16 +5,14 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
-#include <list>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <vector>
 
 #include "core/block_allocator.hpp"
 #include "core/packets.hpp"
+#include "host/returned_blocks.hpp"
 #include "transport/transport.hpp"
 
 namespace mscclpp_ep {
@@ -24,20 +22,6 @@ struct ArenaBlock {
   std::shared_ptr<std::byte> data;  ///< gives the block back when the last copy dies
   ArrayAddress address;
 };
-
-/// What has to pass before memory that was dropped may be used again.
-class Fence {
- public:
-  Fence() = default;
-  Fence(const Fence&) = delete;
-  Fence& operator=(const Fence&) = delete;
-  virtual ~Fence() = default;
-  /// True if it has passed, or will have before the next user of the memory gets to it.
-  virtual bool passed() = 0;
-};
-
-/// Makes a fence behind all that uses memory now; null if that cannot be told now.
-using MakeFence = std::function<std::unique_ptr<Fence>()>;
 
 /// The memory of a rank in which its results live while the user holds them, and into which peers
 /// write. It grows by segments up to a limit and never shrinks.
@@ -80,20 +64,8 @@ class Arena {
   std::size_t landingBytes() const { return landing_.bytes; }
 
  private:
-  /// Where blocks go when they are dropped, which may happen in any thread, at any time.
-  struct Returned {
-    std::mutex mutex;
-    std::vector<BlockRange> blocks;
-  };
-
-  /// Blocks that were dropped, and are not free yet.
-  struct Batch {
-    std::unique_ptr<Fence> fence;  ///< null: none is needed
-    std::vector<BlockRange> blocks;
-  };
-
   void takeReturned();
-  void release(const std::vector<BlockRange>& blocks);
+  bool isQuarantined(const BlockRange& block) const;
   bool grow(std::size_t bytes);
   ArenaBlock wrap(const BlockRange& range);
 
@@ -108,8 +80,7 @@ class Arena {
   SharedBlock landing_;
   bool keepsLanding_ = false;
   std::vector<SharedBlock> keptLandings_;
-  std::shared_ptr<Returned> returned_;
-  std::list<Batch> batches_;
+  std::shared_ptr<ReturnedBlocks<BlockRange>> returned_;
   std::vector<ArrayAddress> quarantined_;
 };
 

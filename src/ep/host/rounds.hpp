@@ -64,14 +64,6 @@ const std::vector<Message>& exchangePublications(HostContext& context,
 /// What a rank has published of where rows go. Throws PeerFailure if there can be no such rows.
 DispatchPublish decodePublish(const Message& message, std::size_t rank);
 
-/// The peers that have not raised as many rows as `needed`, [R], says.
-Awaited missingRows(const HostContext& context, Progress which,
-                    std::span<const std::int64_t> needed, const char* what);
-
-/// Tells the peers that this rank has read the rows of a combine, and returns when they have read
-/// this rank's.
-void finishReading(const HostContext& context);
-
 /// Takes part in an operation by refusing it.
 void postRefusal(HostContext& context, Operation operation, std::string_view why);
 
