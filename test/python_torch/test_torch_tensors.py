@@ -49,7 +49,17 @@ def route(buffer: ep.Buffer, tokens: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_round_trip(dtype: torch.dtype, requires_grad: bool) -> None:
+@pytest.mark.parametrize("by_functions_of_c", [False, True])
+def test_round_trip(
+    dtype: torch.dtype,
+    requires_grad: bool,
+    by_functions_of_c: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not by_functions_of_c:  # as before Torch 2.10
+        monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+        assert not hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+
     def body(buffer: ep.Buffer) -> None:
         routing = route(buffer, 40 + buffer.rank)
         x = torch.randn(40 + buffer.rank, HIDDEN).to(dtype).requires_grad_(requires_grad)
@@ -124,3 +134,33 @@ def test_a_tensor_elsewhere_is_refused_on_every_rank() -> None:
         assert torch.equal(recv_x, torch.ones_like(recv_x))
 
     on_buffers(body)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.zeros(8, HIDDEN).to_sparse(),
+        torch.zeros(8, HIDDEN, dtype=torch.complex64),
+        torch.zeros(1, 1, 1, 8, HIDDEN),
+        torch.tensor(1.0),
+    ],
+    ids=["sparse", "complex", "five dimensions", "no dimension"],
+)
+def test_a_tensor_of_another_kind_is_refused(wrong: torch.Tensor) -> None:
+    (group,) = ep.Group.local(1)
+    with ep.Buffer(group, device="cpu") as buffer:
+        routing = route_of_one(buffer)
+        with pytest.raises(ep.InvalidArgument, match="x cannot be used") as raised:
+            buffer.dispatch(wrong, **routing)
+        assert "\n" not in str(raised.value)
+
+
+def route_of_one(buffer: ep.Buffer) -> dict[str, torch.Tensor]:
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(
+        torch.zeros(8, 1, dtype=torch.int64), 1
+    )
+    return {
+        "num_tokens_per_rank": per_rank,
+        "is_token_in_rank": in_rank,
+        "num_tokens_per_expert": per_expert,
+    }
