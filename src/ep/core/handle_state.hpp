@@ -44,6 +44,7 @@ struct HandleState {
   Tensor sourceIndex;
   /// [N] what sourceIndex was, which callers may write to; in the integrity mode only.
   std::vector<std::int32_t> sourceTokens;
+  std::shared_ptr<void> sourceTokensOnGpu;  ///< likewise, if they are there
 
   /// Of DispatchHandle; none on the CPU.
   HandleFields fields;

@@ -123,6 +123,7 @@ struct CombineLanding {
   ArrayAddress rows;     ///< a row for each token that was sent to the receiver
   ArrayAddress weights;  ///< likewise
   ArrayAddress flags;    ///< of chunks of rows
+  ArrayAddress seals;    ///< of the rows that the sender pushes, as in a CombineEntry
 };
 
 /// Round::entry of a low-latency dispatch: where the sender has put its tokens, for all to read.

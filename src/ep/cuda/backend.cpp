@@ -229,7 +229,7 @@ void CudaBackend::awaitStream() const {
 void CudaBackend::settle() {
   const CurrentDevice current(device);
   awaitStream();
-  notice();
+  requireUsable();  // of what the GPU has noticed by now
 }
 
 void CudaBackend::check() {
@@ -298,9 +298,6 @@ void requireSupported(const BufferOptions& options) {
   if (options.enableShrink) {
     throw NotBuilt("enable_shrink on a GPU is not in this version of mscclpp_ep");
   }
-  if (options.integrityCheck) {
-    throw NotBuilt("integrity_check on a GPU is not in this version of mscclpp_ep");
-  }
   const int count = cudaDeviceCount();
   if (count == 0) {
     throw NotBuilt(
@@ -319,7 +316,7 @@ std::shared_ptr<Backend> makeCudaBackend(Bootstrap& bootstrap, const Admission& 
   auto trace = std::make_unique<Trace>();
   try {
     cuda::requireSupported(options);
-    connecting.segments = cudaSegments(options.device.index);
+    connecting.segments = cudaSegments(options.device.index, bootstrap.rank());
     if (options.maxArenaBytes == 0) {
       options.maxArenaBytes = connecting.segments->available() / 2 / bootstrap.size();
     }

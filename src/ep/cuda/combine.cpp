@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda/combine_push.hpp"
+#include "cuda/integrity.hpp"
 #include "cuda/routing.hpp"
 #include "host/exchange_counts.hpp"
 #include "host/rounds.hpp"
@@ -49,6 +50,7 @@ class RowReducer {
   std::vector<CombineEntry> exchangeOffers();
   CombineEntry offer();
   std::optional<ArrayAddress> offerWeights();
+  std::optional<ArrayAddress> offerSeals();
   void describe(SumArguments& sum);
   void bindSpan(std::size_t rank);
   int rowAlignment() const;
@@ -57,9 +59,24 @@ class RowReducer {
   void bindReadable(std::size_t rank, const CombineEntry& entry);
 
   void push();
+  struct LandingPlan {
+    std::vector<std::size_t> rowsAt;  ///< [R] in bytes
+    std::vector<std::size_t> weightsAt;
+    std::size_t bytes;
+  };
+  LandingPlan planLandings() const;
   std::vector<CombineLanding> makeLandings();
   std::int64_t numRowsOf(std::size_t source) const;
   LandingTarget bindTarget(std::size_t rank, const CombineLanding& landing) const;
+
+  /// Whether rows carry what they are checked by.
+  bool checks() const { return context_.integrity && context_.size() > 1; }
+  std::size_t sealBytes() const {
+    return checks() ? arrayBytes(numReceived(), sizeof(RowSeal)) : 0;
+  }
+  void sealRows();
+  /// `sealsAt`: where those of each other rank are.
+  void verifyRows(const SumArguments& sum, bool landed, const std::vector<ArrayAddress>& sealsAt);
 
   std::size_t self() const { return static_cast<std::size_t>(context_.rank()); }
   bool countsOnHost() const { return handle_.plan != nullptr; }
@@ -82,11 +99,12 @@ class RowReducer {
   std::vector<SumSource> sources_;
   ArenaBlock landing_;                       ///< for what peers push here, or read
   std::vector<const std::uint64_t*> flags_;  ///< [R] of what others push here
+  ArenaBlock seals_;                         ///< of this rank's rows, in the integrity mode
 };
 
 void RowReducer::reserve() {
   try {
-    context_.reserveTables(3);
+    context_.reserveTables(4);
   } catch (const Error& error) {
     postRefusal(context_, Operation::combine, error.what());
     throw OperationRefused{std::current_exception()};
@@ -104,9 +122,11 @@ CombineEntry RowReducer::offer() {
   }
   const auto rows = context_.arena.locate(input(), arrayBytes(numReceived(), rowBytes_));
   const auto weights = rows ? offerWeights() : std::nullopt;
-  if (!weights) return entry;
+  const auto seals = weights ? offerSeals() : std::nullopt;
+  if (!seals) return entry;
   entry.rows = *rows;
   entry.weights = *weights;
+  entry.seals = *seals;
   return entry;
 }
 
@@ -123,6 +143,16 @@ std::optional<ArrayAddress> RowReducer::offerWeights() {
                               context_.stream),
               "cannot copy weights for the other ranks");
   return landing_.address;
+}
+
+/// Memory for what this rank's rows are checked by.
+std::optional<ArrayAddress> RowReducer::offerSeals() {
+  if (!checks()) return ArrayAddress{};
+  auto block = context_.arena.allocate(sealBytes());
+  if (!block) return std::nullopt;
+  seals_ = std::move(*block);
+  context_.keep(seals_.data);
+  return seals_.address;
 }
 
 std::vector<CombineEntry> RowReducer::exchangeOffers() {
@@ -174,7 +204,14 @@ void RowReducer::pull(const std::vector<CombineEntry>& entries) {
   for (std::size_t r = 0; r < sources_.size(); ++r) bindReadable(r, entries[r]);
   SumArguments arguments;
   describe(arguments);
+  if (checks()) sealRows();
   sumRows(arguments, context_.numSms, context_.stream);
+  if (!checks()) return;
+  // Where there is no block for seals, rows are pushed.
+  context_.arena.noteOperation(planLandings().bytes);
+  std::vector<ArrayAddress> sealsAt;
+  for (const CombineEntry& entry : entries) sealsAt.push_back(entry.seals);
+  verifyRows(arguments, false, sealsAt);
 }
 
 void RowReducer::bindReadable(std::size_t rank, const CombineEntry& entry) {
@@ -211,9 +248,11 @@ void RowReducer::push() {
   for (const CombineLanding& landing : landings) outgoing.push_back(encode(landing));
   const auto& published = exchangePublications(context_, outgoing, "combine");
   std::vector<LandingTarget> targets;
-  targets.reserve(sources_.size());
+  std::vector<ArrayAddress> sealsAt;
   for (std::size_t r = 0; r < sources_.size(); ++r) {
-    targets.push_back(bindTarget(r, decode<CombineLanding>(published[r])));
+    const auto landing = decode<CombineLanding>(published[r]);
+    targets.push_back(bindTarget(r, landing));
+    sealsAt.push_back(landing.seals);
   }
   PushSumArguments arguments;
   describe(arguments.sum);
@@ -227,7 +266,9 @@ void RowReducer::push() {
   arguments.flags = context_.perRank(flags_);
   arguments.chunkRows = landingChunkRows(static_cast<std::int64_t>(rowBytes_));
   arguments.nextChunk = context_.nextChunk;
+  if (checks()) sealRows();
   pushAndSumRows(arguments, context_.numSms, context_.stream);
+  if (checks()) verifyRows(arguments.sum, true, sealsAt);
 }
 
 /// How many rows a rank may push: one for each token that was sent to it.
@@ -237,20 +278,26 @@ std::int64_t RowReducer::numRowsOf(std::size_t source) const {
                   handle_.capacityAt[source]);
 }
 
-/// A place for the rows of each other rank. Each is aligned as rows of any kind may be.
-std::vector<CombineLanding> RowReducer::makeLandings() {
-  std::vector<CombineLanding> landings(sources_.size());
-  std::vector<std::size_t> rowsAt(sources_.size());
-  std::vector<std::size_t> weightsAt(sources_.size());
-  std::size_t bytes = 0;
+/// A place for the rows of each other rank, each aligned as rows of any kind may be, behind the
+/// seals of this rank's.
+RowReducer::LandingPlan RowReducer::planLandings() const {
+  LandingPlan plan{std::vector<std::size_t>(sources_.size()),
+                   std::vector<std::size_t>(sources_.size()),
+                   alignUp(sealBytes(), kRegionAlignment)};
   for (std::size_t r = 0; r < sources_.size(); ++r) {
-    bindSpan(r);
     if (r == self()) continue;
-    rowsAt[r] = bytes;
-    bytes = alignUp(bytes + arrayBytes(numRowsOf(r), rowBytes_), kRegionAlignment);
-    weightsAt[r] = bytes;
-    bytes = alignUp(bytes + arrayBytes(numRowsOf(r), weightBytes_), kRegionAlignment);
+    plan.rowsAt[r] = plan.bytes;
+    plan.bytes = alignUp(plan.bytes + arrayBytes(numRowsOf(r), rowBytes_), kRegionAlignment);
+    plan.weightsAt[r] = plan.bytes;
+    plan.bytes = alignUp(plan.bytes + arrayBytes(numRowsOf(r), weightBytes_), kRegionAlignment);
   }
+  return plan;
+}
+
+std::vector<CombineLanding> RowReducer::makeLandings() {
+  const auto [rowsAt, weightsAt, bytes] = planLandings();
+  std::vector<CombineLanding> landings(sources_.size());
+  for (std::size_t r = 0; r < sources_.size(); ++r) bindSpan(r);
   context_.arena.noteOperation(bytes);
   if (auto block = context_.arena.allocate(bytes)) {
     landing_ = std::move(*block);
@@ -259,11 +306,12 @@ std::vector<CombineLanding> RowReducer::makeLandings() {
     landing_ = context_.arena.landing(bytes);
   }
   context_.keep(landing_.data);
+  seals_ = landing_;
   const std::int64_t chunkRows = landingChunkRows(static_cast<std::int64_t>(rowBytes_));
   const ArenaBlock& flags = context_.flags.reserve(
       context_.arena, landingFlagBytes(context_.size(), handle_.numTokens, chunkRows),
       context_.stream, context_.capturing);
-  const auto words = static_cast<std::size_t>(landingChunks(handle_.numTokens, chunkRows));
+  const auto words = static_cast<std::size_t>(landingFlags(handle_.numTokens, chunkRows));
   for (std::size_t r = 0; r < sources_.size(); ++r) {
     const std::size_t flagsAt = r * words * sizeof(std::uint64_t);
     flags_.push_back(reinterpret_cast<const std::uint64_t*>(flags.data.get() + flagsAt));
@@ -279,6 +327,7 @@ std::vector<CombineLanding> RowReducer::makeLandings() {
     landings[r].weights.offset += weightsAt[r];
     landings[r].flags = flags.address;
     landings[r].flags.offset += flagsAt;
+    landings[r].seals = seals_.address;
   }
   return landings;
 }
@@ -304,6 +353,35 @@ LandingTarget RowReducer::bindTarget(std::size_t rank, const CombineLanding& lan
   target.flags = reinterpret_cast<std::uint64_t*>(peerRows(
       context_, peer, landing.flags, {0, 0}, sizeof(std::uint64_t), sizeof(std::uint64_t)));
   return target;
+}
+
+void RowReducer::sealRows() {
+  ReturnedRows returned;
+  returned.rows = input();
+  returned.rowBytes = static_cast<std::int64_t>(rowBytes_);
+  if (weightBytes_ != 0) returned.weights = inputWeights();
+  returned.topk = request_.signature.topk;
+  returned.numRows = numReceived();
+  returned.sourceTokens = static_cast<const std::int32_t*>(handle_.sourceTokensOnGpu.get());
+  returned.seals = reinterpret_cast<RowSeal*>(seals_.data.get());
+  returned.order = context_.order;
+  context_.keep(handle_.sourceTokensOnGpu);
+  sealReturnedRows(returned, context_.numSms, context_.stream);
+}
+
+void RowReducer::verifyRows(const SumArguments& sum, bool landed,
+                            const std::vector<ArrayAddress>& sealsAt) {
+  std::vector<const RowSeal*> seals(sources_.size());
+  for (std::size_t r = 0; r < seals.size(); ++r) {
+    if (r == self() || numRowsOf(r) == 0 || sources_[r].span.capacity == 0) continue;
+    // The owner has a seal for each row, and the host may not know how many those are.
+    const RowRange range{0, countsOnHost() ? sources_[r].span.firstRow + numRowsOf(r) : 0};
+    seals[r] = reinterpret_cast<const RowSeal*>(peerRows(context_, static_cast<int>(r), sealsAt[r],
+                                                         range, sizeof(RowSeal), alignof(RowSeal)));
+  }
+  verifySummedRows({sum, static_cast<std::int64_t>(rowBytes_), landed, context_.perRank(seals)},
+                   context_.numSms, context_.stream);
+  concludeChecks(context_.order, {}, context_.stream);
 }
 
 }  // namespace

@@ -6,7 +6,8 @@
 #include "cuda/combine_bulk.hpp"
 #include "cuda/device/bulk_launch.cuh"
 #include "cuda/device/bulk_sum.cuh"
-#include "cuda/device/order.cuh"
+#include "cuda/device/sum_weights.cuh"
+#include "cuda/device/visit.cuh"
 #include "cuda/kernel_list.hpp"
 #include "transport/cuda_check.hpp"
 
@@ -20,17 +21,24 @@ constexpr int kOtherSharedBytes = 3072;
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-/// What each warp of a block does, as of bulk_sum.cuh.
+/// What each warp of a block does, as of bulk_sum.cuh. Those that read memory of peers are the
+/// parts of the visit.
 template <class Element>
-__device__ void runRole(const BulkSum& sum, SumRing* rings, std::byte* stages) {
+__device__ void runRole(const BulkSum& sum, std::uint64_t epoch, SumRing* rings,
+                        std::byte* stages) {
+  const SumContext& context = sum.context;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int others = warp - kPipes * kPipeWarps;
-  if (others < 0) {
-    return runPipe<Element, false>(sum, blockIdx.x, gridDim.x, 0, rings, stages, warp);
+  const int weightWarp = warp - kPipes * kPipeWarps;
+  if (weightWarp < 0) {
+    runPipe<Element, false>(sum, blockIdx.x, gridDim.x, epoch, rings, stages, warp);
+    if (warp % kPipeWarps != 0) return;
+  } else if (awaitPeers(context.order, epoch)) {
+    const std::int64_t numTokens = sum.parts.numItems / sum.parts.perRow;
+    sumWeights<false>(context, ItemRange::of(numTokens, blockIdx.x, gridDim.x), epoch,
+                      weightWarp * kWarpSize + laneIndex(), kWeightWarps * kWarpSize);
   }
-  const std::int64_t numTokens = sum.parts.numItems / sum.parts.perRow;
-  sumWeights<false>(sum.context, ItemRange::of(numTokens, blockIdx.x, gridDim.x), 0,
-                    others * kWarpSize + laneIndex(), kWeightWarps * kWarpSize);
+  const unsigned perBlock = kPipes + (context.outWeights != nullptr ? kWeightWarps : 0);
+  finishPart(context.order, epoch, gridDim.x * perBlock);
 }
 
 #endif
@@ -41,13 +49,15 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) std::byte stages[];
   __shared__ SumRing rings[kPipes];
-  if (threadIdx.x < kPipes) {
-    rings[threadIdx.x].init(numStages);
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  if (warp < kPipes) {
+    rings[warp].init(numStages);
     fenceBarrierInit();
   }
-  if (!enterPeers(sum.context.order)) return;
-  runRole<Element>(sum, rings, stages);
-  leavePeers(sum.context.order);
+  const std::uint64_t epoch = beginVisit(sum.context.order);
+  if (epoch == 0) return;
+  runRole<Element>(sum, epoch, rings, stages);
+  endVisit(sum.context.order);
 #endif
 }
 

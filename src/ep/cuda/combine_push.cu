@@ -10,24 +10,28 @@
 #include "cuda/device/chunks.cuh"
 #include "cuda/device/order.cuh"
 #include "cuda/device/slices.cuh"
+#include "cuda/device/sum_weights.cuh"
 #include "cuda/device/summands.cuh"
+#include "cuda/device/visit.cuh"
 #include "cuda/kernel_list.hpp"
 #include "transport/cuda_check.hpp"
 
 // Why a kernel that waits for rows of its peers ends. Blocks and warps have roles. Those that push
-// wait for nothing but enterPeers() and their own copies; those that sum wait for flags, and
-// nothing that pushes waits for those that sum. Blocks draw the chunks that they push: so all of a
-// rank's chunks are pushed, and flagged, once one of its pushing blocks runs, whether the others do
-// or not; each of these has only to draw that there are no more. Thus whoever waits for a flag of
-// rank B waits for one pushing block of B to be on its GPU. These have the lowest indices, and GPUs
-// start blocks in this order: the first block of B to run pushes, and it runs no later than block
-// 0, for whose word all blocks of all ranks wait in enterPeers(). What is needed is therefore no
-// more than what enterPeers() needs: that the first block of each rank runs while all blocks of the
-// other ranks on its GPU do, and hold their multiprocessors. If n ranks of b blocks share a GPU on
-// which c such blocks fit at a time, this is (n - 1) * b < c. Eight ranks of 20 blocks do not fit
-// onto 132 multiprocessors so: they have to have at most 18, whichever kernel it is. With 17 or 18
-// not all blocks are there at once, and yet all rows land: the blocks that are there push for those
-// that are not, sum, and end, and make room for them. Whatever does not hold, waits are bounded.
+// wait for nothing but their own copies, and that all ranks have begun; those that sum wait for
+// flags, and nothing that pushes waits for those that sum. Blocks draw the chunks that they push,
+// and warps the weights, before they sum any: so all that a rank pushes is pushed, and flagged,
+// once one of its pushing blocks runs, whether the others do or not; each of these has only to draw
+// that there is no more. Thus whoever waits for a flag of rank B waits for one pushing block of B
+// to be on its GPU. These have the lowest indices, and GPUs start blocks in this order: the first
+// block of B to run pushes, and it runs no later than block 0, for whose word all that push wait.
+// What is needed is therefore no more than for any kernel that waits for its peers to begin: that
+// the first block of each rank runs while all blocks of the other ranks on its GPU do, and hold
+// their multiprocessors. If n ranks of b blocks share a GPU on which c such blocks fit at a time,
+// this is (n - 1) * b < c. Eight ranks of 20 blocks do not fit onto 132 multiprocessors so: they
+// have to have at most 18, whichever kernel it is. With 17 or 18 not all blocks are there at once,
+// and yet all rows land: the blocks that are there push for those that are not, sum, and end, and
+// make room for them. A rank ends when all ranks have pushed all, so none is an epoch ahead of a
+// block that has still to begin. Whatever does not hold, waits are bounded.
 
 namespace mscclpp_ep::cuda {
 
@@ -38,19 +42,32 @@ namespace {
 /// How many of the blocks push, and which sum; some may do both.
 struct PushSumShape {
   int blocks = 1;
-  int pushers = 1;      ///< the first so many
-  int firstSummer = 0;  ///< this one and those behind it
+  int pushers = 1;              ///< the first so many
+  int firstSummer = 0;          ///< this one and those behind it
+  std::int32_t pieceBytes = 0;  ///< of what is pushed
 };
 
-/// About eight multiprocessors push as much as the link carries. Where there are not many more,
-/// all blocks do both: so they are all busy to the end, though with shorter rings.
-PushSumShape pushSumShape(int numSms) {
-  constexpr int kMostForBoth = 12;
-  constexpr int kLeastPushers = 8;
+// Long pieces, as each takes some time whatever its length; but beside the stages of sums there is
+// little room, and more blocks that do both would push more than the link carries. Then sums cannot
+// get to their memory past what waits for the link: with fewer pieces on their way that is avoided.
+constexpr std::int32_t kPieceBytes = 28 << 10;
+constexpr std::int32_t kSharedPieceBytes = 8 << 10;
+constexpr std::int32_t kPacedPieceBytes = 16 << 10;
+
+/// Nine blocks push what the link carries, as measured on H200 over NVLink 4. If the others can sum
+/// as fast, each block has one role; else all blocks do both, so that they are busy to the end.
+PushSumShape pushSumShape(int numSms, int numRanks) {
+  constexpr int kLeastPushers = 9;
+  constexpr int kBlocksPerPusher = 8;  ///< where there are many
+  constexpr int kMostUnpaced = 17;
+  // Two ranks sum two rows for each that they push; with more ranks it tends to one.
+  const int leastSummers = numRanks <= 2 ? 13 : 8;
   const int blocks = std::max(numSms, 1);
-  if (blocks <= kMostForBoth) return {blocks, blocks, 0};
-  const int pushers = std::max(blocks * 3 / 8, kLeastPushers);
-  return {blocks, pushers, pushers};
+  if (blocks < kLeastPushers + leastSummers) {
+    return {blocks, blocks, 0, blocks <= kMostUnpaced ? kSharedPieceBytes : kPacedPieceBytes};
+  }
+  const int pushers = std::max(blocks / kBlocksPerPusher, kLeastPushers);
+  return {blocks, pushers, pushers, kPieceBytes};
 }
 
 /// How many places the rings of a block have, if it has one of them or both.
@@ -60,18 +77,17 @@ struct RingSizes {
   std::int64_t stageBytes = 0;  ///< of all stages that are beside pieces
 };
 
+/// What blocks begin with comes first, as parameters take long to come.
 struct BulkPushSum {
-  BulkSum sum;
-  BulkPush push;
   PushSumShape shape;
   RingSizes sizes;
+  BulkSum sum;
+  BulkPush push;
 };
 
 constexpr int kBulkWarps = kPipes * kPipeWarps + kPushWarps + kWeightWarps;
 constexpr int kBulkThreads = kBulkWarps * kWarpSize;
 constexpr int kOtherSharedBytes = 6144;  ///< for barriers and the like
-constexpr std::int32_t kPieceBytes = 16384;
-constexpr std::int32_t kSharedPieceBytes = 8192;  ///< beside stages
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
@@ -99,6 +115,10 @@ __device__ void runRole(const BulkPushSum& all, const BlockRoles& roles, std::ui
   const std::int64_t blocks = all.shape.blocks - all.shape.firstSummer;
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int pushWarp = warp - kPipes * kPipeWarps;
+  const Order& order = all.sum.context.order;
+  // The warps that raise flags, in blocks that push none, too, and those of weights.
+  const unsigned parts =
+      gridDim.x * (1 + (all.sum.context.outWeights != nullptr ? kWeightWarps : 0));
   if (pushWarp < 0) {
     if (roles.sums) {
       runPipe<Element, true>(all.sum, block, blocks, epoch, rings.sums, shared, warp);
@@ -106,8 +126,15 @@ __device__ void runRole(const BulkPushSum& all, const BlockRoles& roles, std::ui
   } else if (pushWarp < kPushWarps) {
     // Behind the stages, if there are any.
     std::byte* pieces = shared + (roles.sums ? all.sizes.stageBytes : 0);
-    if (roles.pushes) pushChunks(all.push, epoch, rings.push, pieces, pushWarp);
-  } else if (roles.sums) {
+    if (roles.pushes) pushChunks(all.push, order, epoch, rings.push, pieces, pushWarp);
+    if (pushWarp != kPushWarps - 1) return;
+    if (!roles.pushes) awaitPeers(order, epoch);
+    finishPart(order, epoch, parts);
+  } else {
+    const bool entered = awaitPeers(order, epoch);
+    if (entered) pushWeights(all.push.context, epoch);
+    finishPart(order, epoch, parts);
+    if (!roles.sums || !entered) return;
     const std::int64_t numTokens = all.sum.parts.numItems / all.sum.parts.perRow;
     sumWeights<true>(all.sum.context, ItemRange::of(numTokens, block, blocks), epoch,
                      (pushWarp - kPushWarps) * kWarpSize + laneIndex(), kWeightWarps * kWarpSize);
@@ -123,16 +150,15 @@ __global__ void __launch_bounds__(kBulkThreads, 1)
   extern __shared__ __align__(128) std::byte shared[];
   __shared__ BlockRings rings;
   const Order& order = all.sum.context.order;
-  const std::uint64_t epoch = currentEpoch(order);
   const BlockRoles roles(all.shape);
-  if (threadIdx.x < kPipes) {
-    rings.sums[threadIdx.x].init(all.sizes.stages[roles.both()]);
-    if (threadIdx.x == 0) rings.push.init(all.sizes.pieces[roles.both()]);
-    fenceBarrierInit();
-  }
-  if (!enterPeers(order)) return;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  if (warp < kPipes) rings.sums[warp].init(all.sizes.stages[roles.both()]);
+  if (warp == kPipes) rings.push.init(all.sizes.pieces[roles.both()]);
+  if (warp <= kPipes) fenceBarrierInit();
+  const std::uint64_t epoch = beginVisit(order);
+  if (epoch == 0) return;
   runRole<Element>(all, roles, epoch, rings, shared);
-  leavePeers(order);
+  endVisit(order);
 #endif
 }
 
@@ -159,8 +185,8 @@ void launchBulk(const PushSumArguments& arguments, const PushSumShape& shape, cu
   const std::int64_t rowBytes = all.sum.context.rows.rowBytes;
   all.sum.context.landing = {arguments.flags, static_cast<std::int32_t>(arguments.chunkRows)};
   all.sum.parts = cutIntoParts(arguments.sum.numTokens, rowBytes, shape.blocks - shape.firstSummer);
-  all.push.context = describePush(arguments, rowBytes, shape.pushers);
-  all.push.pieceBytes = shape.firstSummer < shape.pushers ? kSharedPieceBytes : kPieceBytes;
+  all.push.context = describePush(arguments, rowBytes, shape.pushers, shape.blocks * kWeightWarps);
+  all.push.pieceBytes = shape.pieceBytes;
   all.shape = shape;
   const std::int64_t room = deviceLimits().sharedBytes - kOtherSharedBytes;
   all.sizes = ringSizes(room, all.sum.parts.partBytes, all.push.pieceBytes);
@@ -224,15 +250,17 @@ __device__ void awaitPushers() { syncThreads(1, kPlainPushThreads); }
 template <class Vector>
 __device__ void pushPlainly(const PushContext& push, std::uint64_t epoch, std::int64_t& drawn,
                             int thread) {
-  const ChunkPlan plan(push);
+  const PushPlan<Landed::rows> plan(push);
   for (;;) {
     if (thread == 0) drawn = plan.draw();
     awaitPushers();
     const std::int64_t ticket = drawn;
-    if (ticket >= plan.count()) return;
-    const Chunk chunk = plan[ticket];
-    copyTogether<Vector>(chunk.rows, chunk.to, chunk.bytes, thread);
-    pushWeights(chunk, thread, kPlainPushThreads);
+    if (ticket >= plan.count()) {
+      if (thread == 0) plan.end(ticket);
+      return;
+    }
+    const Chunks chunk = plan[ticket];
+    copyTogether<Vector>(chunk.from, chunk.to, chunk.bytes, thread);
     awaitPushers();
     if (thread == 0 && chunk.flag != nullptr) storeRelease(chunk.flag, epoch);
   }
@@ -250,10 +278,11 @@ __device__ void sumPlainly(const PlainPushSum& all, std::uint64_t epoch, int war
     const std::int64_t part = item - token * slices.numParts;
     const std::int64_t begin = part * slices.partLength;
     const std::int64_t end = begin + slices.partLength;
-    if (!awaitToken(context, epoch, token)) return;
+    if (!awaitToken<false>(context, epoch, token)) return;
     sumVectors<Element, Vector, true, false>(context, context.out, context.start, token, begin,
                                              end < slices.length ? end : slices.length);
     if (context.outWeights != nullptr && part == 0) {
+      if (!awaitToken<true>(context, epoch, token)) return;
       sumVectors<Float32Element, Words<4>, true, true>(context, context.outWeights, 0.0F, token, 0,
                                                        context.topk);
     }
@@ -269,6 +298,7 @@ __global__ void __launch_bounds__(kPlainThreads, 1)
   if (!enterPeers(order)) return;
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < kPlainPushThreads) {
+    if (all.context.outWeights != nullptr) pushWeights(all.push, epoch);
     pushPlainly<Copied>(all.push, epoch, drawn, thread);
   } else {
     sumPlainly<Element, Vector>(all, epoch, thread / kWarpSize - kPlainPushWarps);
@@ -284,7 +314,7 @@ void launchPlain(const PushSumArguments& arguments, int blocks, cudaStream_t str
   all.context.landing = {arguments.flags, static_cast<std::int32_t>(arguments.chunkRows)};
   all.slices =
       cutRows(arguments.sum.numTokens, rowBytes / Vector::kBytes, kSumStep, kSumStep, blocks);
-  all.push = describePush(arguments, rowBytes, blocks);
+  all.push = describePush(arguments, rowBytes, blocks, blocks * kPlainPushWarps);
   EP_LIST_KERNEL(plainPushSumKernel<Element, Vector, Copied>);
   plainPushSumKernel<Element, Vector, Copied>
       <<<static_cast<unsigned>(blocks), kPlainThreads, 0, stream>>>(all);
@@ -330,7 +360,7 @@ bool canPushInBulk(const PushSumArguments& arguments) {
 }  // namespace
 
 void pushAndSumRows(const PushSumArguments& arguments, int numSms, cudaStream_t stream) {
-  const PushSumShape shape = pushSumShape(numSms);
+  const PushSumShape shape = pushSumShape(numSms, arguments.sum.numRanks);
   if (canPushInBulk(arguments)) return launchBulkOf(arguments, shape, stream);
   launchPlainOf(arguments, shape.blocks, stream);
 }

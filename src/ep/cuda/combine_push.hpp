@@ -14,29 +14,43 @@ namespace mscclpp_ep::cuda {
 
 // A landing area is memory of a rank that one other rank, its source, pushes rows to: the row of
 // the owner's token of ordinal o among those that it sent to the source lands as row o. Weights
-// likewise. Rows are pushed in chunks of a fixed number, each of which has a flag there: the word
-// of chunk c, rows c * chunkRows and so on, becomes the number of the epoch, all of its 64 bits,
-// when the chunk is there. So no flag is ever reset, none that is left from another epoch or is
-// zero says anything, and flags of chunks without rows are not written. Memory of flags is zero at
-// first, and is never used for anything else.
+// likewise. Rows are pushed in chunks of a fixed number, each of which has two flags there: the
+// first word of chunk c, rows c * chunkRows and so on, becomes the number of the epoch, all of its
+// 64 bits, when the chunk's rows are there, and the second one when its weights are. So no flag is
+// ever reset, none that is left from another epoch or is zero says anything, and flags of chunks
+// without rows are not written. Memory of flags is zero at first, and is never used for anything
+// else.
 
 /// Rows of a chunk: so many that to flag them costs little, so few that the owner soon begins.
 constexpr std::int64_t landingChunkRows(std::int64_t rowBytes) {
-  constexpr std::int64_t kChunkBytes = 112 << 10;
+  constexpr std::int64_t kChunkBytes = 56 << 10;
   return std::clamp<std::int64_t>(kChunkBytes / std::max<std::int64_t>(rowBytes, 1), 1, 1024);
 }
 
-/// Flags for up to `maxTokens` rows.
+/// What a flag tells of: which word of its chunk it is.
+enum class Landed : int { rows, weights, numFlags };
+
+/// The word of a chunk's flag.
+constexpr std::int64_t landingFlag(std::int64_t chunk, Landed what) {
+  return chunk * static_cast<int>(Landed::numFlags) + static_cast<int>(what);
+}
+
+/// Chunks of up to `maxTokens` rows.
 constexpr std::int64_t landingChunks(std::int64_t maxTokens, std::int64_t chunkRows) {
   return (maxTokens + chunkRows - 1) / chunkRows;
 }
 
+/// Their flags.
+constexpr std::int64_t landingFlags(std::int64_t maxTokens, std::int64_t chunkRows) {
+  return landingFlag(landingChunks(maxTokens, chunkRows), Landed::rows);
+}
+
 /// Bytes of all flags of a rank that has up to `maxTokens` tokens; each source's are
-/// landingChunks() words.
+/// landingFlags() words.
 constexpr std::size_t landingFlagBytes(int numRanks, std::int64_t maxTokens,
                                        std::int64_t chunkRows) {
   return static_cast<std::size_t>(numRanks) *
-         static_cast<std::size_t>(landingChunks(maxTokens, chunkRows)) * sizeof(std::uint64_t);
+         static_cast<std::size_t>(landingFlags(maxTokens, chunkRows)) * sizeof(std::uint64_t);
 }
 
 /// Where this rank's rows of another rank's tokens are, and the landing area there for them.

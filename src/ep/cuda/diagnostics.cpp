@@ -81,10 +81,15 @@ std::vector<double> timePush(Context& context, std::size_t bytes, int repeats) {
   }
   const DeviceArray<std::int32_t> head(heads.size());
   head.write(heads);
+  std::vector<std::int32_t> counts(ranks);
+  counts[next] = static_cast<std::int32_t>(rows);
+  const DeviceArray<std::int32_t> sent(ranks);
+  sent.write(counts);
   PushArguments push;
   push.rows = source.get();
   push.rowBytes = kRowBytes;
   push.head = head.get();
+  push.sent = sent.get();
   push.numTokens = rows;
   push.numRanks = context.size();
   push.rowAlignment = Alignment::kMost;

@@ -4,6 +4,7 @@
 #include <span>
 #include <vector>
 
+#include "cuda/integrity.hpp"
 #include "cuda/routing.hpp"
 #include "host/rounds.hpp"
 
@@ -46,8 +47,11 @@ class RowMover {
     context_.keep(request_.routing.onGpu);
     // From here on nothing may wait for the GPU: the kernels of other ranks wait for this one's.
     if (exchangesCounts()) exchangeCountsOnGpu();
-    sendRows();
+    const PushArguments sent = describeSending();
+    sendRows(sent);
+    if (checks()) sealSentRows(sent, context_.numSms, context_.stream);
     copyLanded();
+    if (checks()) verifyRows(sent.poison);
     return makeHandle();
   }
 
@@ -65,15 +69,19 @@ class RowMover {
   int rowAlignment() const;
   void exchangeCountsOnGpu();
   void markMissing();
-  void sendRows();
+  PushArguments describeSending();
+  void sendRows(const PushArguments& sent);
   void copyLanded();
   void copyRows(const OutputColumn& output, std::int64_t rowBytes, std::int64_t begin,
                 std::int64_t end);
   void storeCounts();
+  void verifyRows(const Poison& results);
   std::shared_ptr<const HandleState> makeHandle();
 
   /// Whether the counts of this dispatch are not on the host, and have not been exchanged before.
   bool exchangesCounts() const { return request_.cached == nullptr && !request_.countsOnHost(); }
+  /// Whether rows carry what they are checked by.
+  bool checks() const { return context_.integrity && context_.size() > 1; }
   std::size_t numRanks() const { return targets_.size(); }
   std::int64_t numReceived() const {
     return request_.countsOnHost() ? std::min(plan_.numRecv, plan_.numRows) : plan_.numRows;
@@ -88,6 +96,9 @@ class RowMover {
   std::int64_t rowBytes_[kNumColumns] = {};  ///< 0: this dispatch has no such array
   OutputColumn outputs_[kNumColumns];
   Tensor sourceIndex_;
+  Tensor checksums_;
+  Tensor tags_;
+  std::shared_ptr<void> sourceTokens_;  ///< [N] what sourceIndex_ is, which callers may write to
   ArenaBlock landing_;
   ArenaBlock incoming_;  ///< packets of counts
   std::vector<PushTarget> targets_;
@@ -104,17 +115,27 @@ void RowMover::describeColumns() {
   rowBytes_[kTopkIdx] = bytesPerToken(request_.inputs.topkIdx);
   rowBytes_[kTopkWeights] = bytesPerToken(request_.inputs.topkWeights);
   if (request_.cached == nullptr) rowBytes_[kSourceIndex] = sizeof(std::int32_t);
+  if (checks()) rowBytes_[kChecksum] = rowBytes_[kSequenceTag] = sizeof(std::uint64_t);
 }
 
 /// Finds out which outputs rows can arrive in, and a landing block for the others.
 void RowMover::bindOutputs(const DispatchOutputs& outputs) {
   if (request_.cached == nullptr) sourceIndex_ = allocateRows(DataType::int32);
+  if (checks()) {
+    checksums_ = allocateRows(DataType::int64);
+    tags_ = allocateRows(DataType::int64);
+    sourceTokens_ = request_.cached != nullptr
+                        ? context_.keep(request_.cached->sourceTokensOnGpu)
+                        : context_.take(arrayBytes(plan_.numRows, sizeof(std::int32_t)));
+  }
   const TensorView* views[kNumColumns] = {};
   views[kRows] = &outputs.x;
   views[kScales] = &outputs.scales;
   views[kTopkIdx] = &outputs.topkIdx;
   views[kTopkWeights] = &outputs.topkWeights;
   views[kSourceIndex] = &sourceIndex_.view;
+  views[kChecksum] = &checksums_.view;
+  views[kSequenceTag] = &tags_.view;
   for (int column = 0; column < kNumColumns; ++column) {
     if (rowBytes_[column] == 0 || plan_.numRows == 0) continue;
     OutputColumn& output = outputs_[column];
@@ -280,8 +301,7 @@ void RowMover::markMissing() {
   markMissingRows(arguments, context_.stream);
 }
 
-void RowMover::sendRows() {
-  const TraceScope scope(context_.trace, "send rows");
+PushArguments RowMover::describeSending() {
   PushArguments arguments;
   arguments.rows = static_cast<const std::byte*>(request_.inputs.x.data);
   arguments.rowBytes = rowBytes_[kRows];
@@ -289,6 +309,7 @@ void RowMover::sendRows() {
   arguments.topk = topkOf(request_.inputs);
   arguments.placement = placement_;
   arguments.head = routing_.head;
+  arguments.sent = routing_.count(map_.sent());
   arguments.targets = context_.perRank(targets_);
   if (!request_.countsOnHost()) arguments.firstRows = routing_.count(map_.firstRows());
   arguments.numTokens = request_.numTokens;
@@ -303,7 +324,12 @@ void RowMover::sendRows() {
     }
   }
   arguments.order = context_.order;
-  pushRows(arguments, context_.numSms, context_.stream);
+  return arguments;
+}
+
+void RowMover::sendRows(const PushArguments& sent) {
+  const TraceScope scope(context_.trace, "send rows");
+  pushRows(sent, context_.numSms, context_.stream);
   (landing_.data != nullptr ? context_.stats.landedRows : context_.stats.straightRows) +=
       numReceived();
 }
@@ -354,6 +380,37 @@ void RowMover::storeCounts() {
   storeValues(routing_.count(0), values.data(), map_.size(), context_.stream);
 }
 
+/// In the integrity mode, when all rows are where the caller reads them.
+void RowMover::verifyRows(const Poison& results) {
+  if (request_.cached == nullptr) {
+    EP_CUDA_TRY(cudaMemcpyAsync(sourceTokens_.get(), sourceIndex_.view.data,
+                                arrayBytes(plan_.numRows, sizeof(std::int32_t)),
+                                cudaMemcpyDeviceToDevice, context_.stream),
+                "cannot copy the numbers of tokens");
+  }
+  ReceivedRows received;
+  received.rows = outputs_[kRows].data;
+  received.rowBytes = rowBytes_[kRows];
+  if (request_.inputs.scales) {
+    received.scales = outputs_[kScales].data;
+    received.scalesPerRow = request_.inputs.scales.shape[1];
+    received.scaleBytes = static_cast<std::int64_t>(itemSize(request_.inputs.scales.dtype));
+  }
+  const TopkArrays topk = topkOf(request_.inputs);
+  received.ids = outputs_[kTopkIdx].data;
+  received.weights = reinterpret_cast<const float*>(outputs_[kTopkWeights].data);
+  received.topk = topk.topk;
+  received.wide = topk.wide;
+  received.checksums = reinterpret_cast<const std::uint64_t*>(outputs_[kChecksum].data);
+  received.tags = reinterpret_cast<const std::uint64_t*>(outputs_[kSequenceTag].data);
+  received.sourceTokens = static_cast<const std::int32_t*>(sourceTokens_.get());
+  received.firstRowFrom = routing_.count(map_.firstRowFrom());
+  received.numKeptFrom = routing_.count(map_.numKeptFrom());
+  received.order = context_.order;
+  verifyReceivedRows(received, context_.numSms, context_.stream);
+  concludeChecks(context_.order, results, context_.stream);
+}
+
 std::shared_ptr<const HandleState> RowMover::makeHandle() {
   auto state = describeRouting(context_, request_, plan_);
   for (const PushTarget& target : targets_) {
@@ -361,6 +418,7 @@ std::shared_ptr<const HandleState> RowMover::makeHandle() {
     state->capacityAt.push_back(target.span.capacity);
   }
   if (request_.cached != nullptr) return state;
+  state->sourceTokensOnGpu = sourceTokens_;
   state->sendHead = routing_.shownHead;
   state->isTokenInRank = routing_.shownInRank;
   state->sourceIndex = sourceIndex_;

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     const int warps = static_cast<int>(gridDim.x * blockDim.x / kWarpSize);
     const int warp = static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / kWarpSize);
     // From the last on, as where there are more warps than slices, those have none.
-    pushColumns(context.push, warps - 1 - warp, warps);
+    pushColumns(context.push, warps - 1 - warp, warps, [](float) {});
     for (SliceCursor slice(context.slices); slice.valid(); slice.advance()) {
       pushSlice<Vector>(context.push, slice);
     }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 // Rows go through shared memory by bulk copies. Each of a block's movers is a warp with a buffer:
-// it finds tokens that go to the ranks that its block serves, and one of its threads loads a row
-// and stores it at up to kFan ranks. That takes a thread about half a microsecond, however short
-// the row, and the copies take longer; so there are as many movers as there is room for buffers.
-// The other warps of the block write the small columns meanwhile. Movers begin to load while peers
-// are waited for; those of rows that stay here do not wait for peers at all.
+// it finds tokens that go to some ranks, and one of its threads loads a row and stores it at up to
+// kFan of them. That takes a thread about half a microsecond, however short the row, and the copies
+// take longer; so there are as many movers as there is room for buffers. The other warps of the
+// block write the small columns meanwhile. Movers begin to load while peers are waited for. All
+// blocks do the same; what they hand to the link keeps to a schedule (link_pace.hpp).
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -16,7 +16,7 @@
 #include "cuda/device/warp.cuh"
 #include "cuda/dispatch_bulk.hpp"
 #include "cuda/kernel_list.hpp"
-#include "cuda/push_split.hpp"
+#include "cuda/link_pace.hpp"
 #include "transport/cuda_check.hpp"
 
 namespace mscclpp_ep::cuda {
@@ -28,6 +28,9 @@ constexpr int kMostMovers = 16;
 constexpr int kColumnWarps = 8;
 constexpr int kMostWarps = kMostMovers + kColumnWarps;
 
+/// Ranks that a row is stored at when it has been loaded.
+constexpr int kFan = 2;
+
 /// Buffers, and hence parts of rows, begin with a whole line of memory if rows do.
 constexpr std::int64_t kPartGranule = 128;
 
@@ -36,7 +39,8 @@ struct BulkContext {
   std::uint32_t partBytes = 0;      ///< of all parts of a row but the last
   std::uint32_t lastPartBytes = 0;  ///< of the last
   std::int64_t numParts = 1;
-  int numMovers = 1;  ///< of a block
+  int numMovers = 1;       ///< of a block
+  float crossTime = 0.0F;  ///< nanoseconds that a row takes on the link; 0: rows go at will
 };
 
 /// What a block knows in common.
@@ -44,19 +48,15 @@ struct BlockState {
   std::uint64_t loaded[kMostMovers];  ///< barriers: a mover's buffer is full
   std::uint64_t decided;              ///< a barrier: whether the peers are there is known
   bool entered;                       ///< they are
-  std::uint64_t epoch;                ///< 0: the operation has failed
-  unsigned own[kMostWarps];           ///< rows that a warp has seen that stay here
-  unsigned peers[kMostWarps];         ///< rows that it has seen that go elsewhere
+  std::uint64_t start;                ///< when they were, by globalTimer()
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-/// Ranks that a row is stored at when it has been loaded.
-constexpr int kFan = 2;
-
 /// Where a row goes; null: nowhere.
 struct RowPlaces {
   std::byte* at[kFan];
+  float due;  ///< nanoseconds since the peers were there, before which it is not to be stored
 };
 
 /// Waits until it is known whether the peers are there.
@@ -65,23 +65,32 @@ __device__ __forceinline__ bool awaitEntry(BlockState& state) {
   return *static_cast<volatile bool*>(&state.entered);
 }
 
+/// Waits until something is due.
+__device__ __forceinline__ void awaitDue(std::uint64_t start, float due) {
+  if (due <= 0.0F) return;
+  while (static_cast<float>(globalTimer() - start) < due) {
+  }
+}
+
 /// A mover's buffer. Of one thread.
 class Carrier {
  public:
-  __device__ Carrier(BlockState& state, std::byte* buffer, int mover, bool servesPeers)
-      : state_(state), buffer_(buffer), loaded_(&state.loaded[mover]), asks_(servesPeers) {}
+  __device__ Carrier(BlockState& state, std::byte* buffer, int mover)
+      : state_(state), buffer_(buffer), loaded_(&state.loaded[mover]) {}
 
   /// Copies to all places. Returns when the stores have begun.
   __device__ void carry(const std::byte* in, std::uint32_t bytes, const RowPlaces& places) {
     bulkAwaitReads<0>();
     arriveExpecting(loaded_, bytes);
     bulkLoad(buffer_, in, bytes, loaded_);
-    const bool open = mayStore();
+    if (!asked_) ask();
     awaitPhase(loaded_, parity_);
     parity_ ^= 1;
+    if (!open_) return;
+    awaitDue(start_, places.due);
 #pragma unroll
     for (int i = 0; i < kFan; ++i) {
-      if (open && places.at[i] != nullptr) bulkStore(places.at[i], buffer_, bytes);
+      if (places.at[i] != nullptr) bulkStore(places.at[i], buffer_, bytes);
     }
     bulkCommit();
   }
@@ -90,48 +99,23 @@ class Carrier {
   __device__ void finish() { bulkAwaitStores(); }
 
  private:
-  /// False if a peer is not there, and nothing is to be written any more.
-  __device__ bool mayStore() {
-    if (asks_) {
-      asks_ = false;
-      open_ = awaitEntry(state_);
-      // Peers have used what is written now, and said so by signals.
-      fenceGlobalProxy();
-    }
-    return open_;
+  /// Learns whether the peers are there: if one is not, nothing is to be written.
+  __device__ void ask() {
+    asked_ = true;
+    open_ = awaitEntry(state_);
+    start_ = state_.start;
+    // Peers have used what is written now, and said so by signals.
+    fenceGlobalProxy();
   }
 
   BlockState& state_;
   std::byte* buffer_;
   std::uint64_t* loaded_;
+  std::uint64_t start_ = 0;
   std::uint32_t parity_ = 0;
-  bool asks_;
-  bool open_ = true;
+  bool asked_ = false;
+  bool open_ = false;
 };
-
-/// What a mover does: every `step`-th token from `first` on, for the ranks `firstRank` to
-/// `lastRank` - 1, as rankAt() numbers them.
-struct MoverShare {
-  std::int64_t first = 0;
-  std::int64_t step = 1;
-  int firstRank = 0;
-  int lastRank = 0;
-};
-
-/// Shares the tokens among the movers of all blocks that serve the same ranks as this one.
-__device__ MoverShare shareOf(const BulkContext& context, const PushSplit& split, int mover) {
-  const auto block = static_cast<int>(blockIdx.x);
-  const bool own = split.servesOwn(block);
-  const bool peers = split.servesPeers(block);
-  const int blocks = own ? split.ownBlocks : split.peerBlocks;
-  MoverShare share;
-  share.first =
-      static_cast<std::int64_t>(mover) * blocks + (peers ? block : block - split.peerBlocks);
-  share.step = static_cast<std::int64_t>(blocks) * context.numMovers;
-  share.firstRank = own ? 0 : 1;
-  share.lastRank = peers ? context.push.numRanks : 1;
-  return share;
-}
 
 /// Ranks in the order in which a block serves them: this one, then the others, of which each block
 /// begins with another one, so that no link is idle.
@@ -141,18 +125,67 @@ __device__ int rankAt(const Order& order, int index) {
   return (order.rank + 1 + turn) % order.numRanks;
 }
 
-/// Where a token's row goes at some ranks, of which negative ones are none.
-__device__ RowPlaces findPlaces(const PushArguments& push, const int (&ranks)[kFan],
-                                std::int64_t token) {
+/// Rows for a rank. The caller sees this count, and may have written to it.
+__device__ std::int32_t numSent(const PushArguments& push, int rank) {
+  const std::int64_t sent = push.sent[rank];
+  return static_cast<std::int32_t>(sent < 1 ? 1 : min(sent, push.numTokens));
+}
+
+/// How long the rows for peers take on the link. Called by a warp.
+__device__ float linkTime(const BulkContext& context) {
+  if (context.crossTime <= 0.0F) return 0.0F;
+  const PushArguments& push = context.push;
+  unsigned rows = 0;
+  for (int rank = laneIndex(); rank < push.numRanks; rank += kWarpSize) {
+    if (rank != push.order.rank) rows += static_cast<unsigned>(numSent(push, rank));
+  }
+  return static_cast<float>(__reduce_add_sync(kAllLanes, rows)) * context.crossTime;
+}
+
+/// Some ranks whose rows are carried at a time, and the schedule of those for peers.
+struct Pass {
+  int ranks[kFan];     ///< negative: none
+  float begin;         ///< when the first row is due
+  float end;           ///< when all are
+  float perRow[kFan];  ///< and how much later each next one for a rank; 0: at once
+};
+
+/// The pass of the ranks from `index` on, as rankAt() numbers them. Each peer gets an equal part of
+/// the time.
+__device__ Pass describePass(const PushArguments& push, int index, float linkTime) {
+  const int last = min(index + kFan, push.numRanks);
+  const int before = max(index - 1, 0);  // peers, without this rank
+  const float part = linkTime / static_cast<float>(max(push.numRanks - 1, 1));
+  const float span = static_cast<float>(last - 1 - before) * part;
+  Pass pass;
+  pass.begin = static_cast<float>(before) * part;
+  pass.end = pass.begin + span;
+#pragma unroll
+  for (int i = 0; i < kFan; ++i) {
+    pass.ranks[i] = index + i < last ? rankAt(push.order, index + i) : -1;
+    pass.perRow[i] = 0.0F;
+    if (span <= 0.0F || index + i == 0 || index + i >= last) continue;
+    pass.perRow[i] = span / static_cast<float>(numSent(push, pass.ranks[i]));
+  }
+  return pass;
+}
+
+/// Where a token's row goes in a pass, and when.
+__device__ RowPlaces findPlaces(const PushArguments& push, const Pass& pass, std::int64_t token) {
   RowPlaces places = {};
   if (token >= push.numTokens) return places;
 #pragma unroll
   for (int i = 0; i < kFan; ++i) {
-    if (ranks[i] < 0) continue;
-    const Receiver receiver(push, ranks[i]);
-    const std::int64_t row = receiver.rowOf(token);
+    if (pass.ranks[i] < 0) continue;
+    const Receiver receiver(push, pass.ranks[i]);
+    const std::int32_t ordinal = receiver.ordinalOf(token);
+    const std::int64_t row = receiver.rowAt(ordinal);
     std::byte* rows = receiver.column(kRows);
-    if (row >= 0 && rows != nullptr) places.at[i] = rows + row * push.rowBytes;
+    if (row < 0 || rows == nullptr) continue;
+    places.at[i] = rows + row * push.rowBytes;
+    if (pass.perRow[i] > 0.0F) {
+      places.due = fminf(pass.begin + static_cast<float>(ordinal) * pass.perRow[i], pass.end);
+    }
   }
   return places;
 }
@@ -171,13 +204,12 @@ __device__ void carryRow(const BulkContext& context, std::int64_t token, RowPlac
   carrier.carry(in, context.lastPartBytes, places);
 }
 
-/// Carries the rows of the share's tokens that go to some ranks. Called by a warp, whose first lane
+/// Carries the rows of every `step`-th token from `first` on. Called by a warp, whose first lane
 /// carries.
-__device__ void carryRows(const BulkContext& context, const MoverShare& share,
-                          const int (&ranks)[kFan], Carrier& carrier) {
-  for (std::int64_t first = share.first; first < context.push.numTokens;
-       first += kWarpSize * share.step) {
-    const RowPlaces mine = findPlaces(context.push, ranks, first + laneIndex() * share.step);
+__device__ void carryRows(const BulkContext& context, const Pass& pass, std::int64_t first,
+                          std::int64_t step, Carrier& carrier) {
+  for (; first < context.push.numTokens; first += kWarpSize * step) {
+    const RowPlaces mine = findPlaces(context.push, pass, first + laneIndex() * step);
     bool goes = false;
 #pragma unroll
     for (int i = 0; i < kFan; ++i) goes = goes || mine.at[i] != nullptr;
@@ -186,23 +218,21 @@ __device__ void carryRows(const BulkContext& context, const MoverShare& share,
       RowPlaces places;
 #pragma unroll
       for (int i = 0; i < kFan; ++i) places.at[i] = broadcast(mine.at[i], lane);
-      if (laneIndex() == 0) carryRow(context, first + lane * share.step, places, carrier);
+      places.due = __shfl_sync(kAllLanes, mine.due, lane);
+      if (laneIndex() == 0) carryRow(context, first + lane * step, places, carrier);
     }
   }
 }
 
-__device__ void moveRows(const BulkContext& context, const PushSplit& split, BlockState& state,
-                         std::byte* buffers, int mover) {
-  const MoverShare share = shareOf(context, split, mover);
-  Carrier carrier(state, buffers + static_cast<std::size_t>(mover) * context.partBytes, mover,
-                  share.lastRank > 1);
-  for (int index = share.firstRank; index < share.lastRank; index += kFan) {
-    int ranks[kFan];
-#pragma unroll
-    for (int i = 0; i < kFan; ++i) {
-      ranks[i] = index + i < share.lastRank ? rankAt(context.push.order, index + i) : -1;
-    }
-    carryRows(context, share, ranks, carrier);
+/// What a mover does: its share of the tokens, for all ranks.
+__device__ void moveRows(const BulkContext& context, BlockState& state, std::byte* buffers,
+                         int mover) {
+  Carrier carrier(state, buffers + static_cast<std::size_t>(mover) * context.partBytes, mover);
+  const std::int64_t blocks = gridDim.x;
+  const float time = linkTime(context);
+  for (int index = 0; index < context.push.numRanks; index += kFan) {
+    carryRows(context, describePass(context.push, index, time), mover * blocks + blockIdx.x,
+              blocks * context.numMovers, carrier);
   }
   if (laneIndex() == 0) carrier.finish();
   __syncwarp();
@@ -213,81 +243,48 @@ __device__ void initState(const BulkContext& context, BlockState& state) {
   for (int mover = 0; mover < context.numMovers; ++mover) initBarrier(&state.loaded[mover], 1);
   initBarrier(&state.decided, 1);
   state.entered = false;
-  state.epoch = currentEpoch(context.push.order);
   fenceBarrierInit();
 }
 
-/// Tokens that are looked at to tell how many rows go where; fewer where each has many ranks.
-constexpr int kSamples = 512;
-constexpr int kHeadsSampled = 2048;
-
-/// Counts, of some tokens all over, the rows that stay and those that go to peers. All blocks look
-/// at the same ones. Called by all warps.
-__device__ void sampleLoad(const PushArguments& push, BlockState& state, int warp) {
-  const int samples = min(kSamples, kHeadsSampled / push.numRanks + 1);
-  const std::int64_t step = push.numTokens / samples + 1;
-  unsigned own = 0;
-  unsigned all = 0;
-  for (std::int64_t token = threadIdx.x * step; token < push.numTokens;
-       token += blockDim.x * step) {
-    const std::int32_t* heads = push.head + token * push.numRanks;
-    for (int rank = 0; rank < push.numRanks; ++rank) all += heads[rank] >= 0 ? 1 : 0;
-    own += heads[push.order.rank] >= 0 ? 1 : 0;
-  }
-  own = __reduce_add_sync(kAllLanes, own);
-  all = __reduce_add_sync(kAllLanes, all);
-  if (laneIndex() != 0) return;
-  state.own[warp] = own;
-  state.peers[warp] = all - own;
-}
-
-__device__ PushSplit chooseSplit(const BlockState& state) {
-  unsigned own = 0;
-  unsigned peers = 0;
-  for (unsigned warp = 0; warp < blockDim.x / kWarpSize; ++warp) {
-    own += state.own[warp];
-    peers += state.peers[warp];
-  }
-  return splitBlocks(static_cast<int>(gridDim.x),
-                     {static_cast<float>(own), static_cast<float>(peers)});
-}
-
-/// Lets peers reach into this rank's memory. Called by a warp, first of all: they wait for it.
-__device__ void raiseEntered(const Order& order) {
+/// Lets peers reach into this rank's memory, which they wait for, and waits for them. Called by a
+/// warp of each block.
+__device__ void enter(const Order& order, BlockState& state) {
   const std::uint64_t epoch = currentEpoch(order);
-  if (epoch != 0) raiseAll(order, epoch, Word::entered);
-}
-
-/// Waits for the peers. Called by a warp of each block.
-__device__ void decideEntry(const Order& order, BlockState& state) {
-  const bool came = awaitAll(order, state.epoch, Word::entered);
+  bool came = epoch != 0;
+  if (came) {
+    if (blockIdx.x == 0) raiseAll(order, epoch, Word::entered);
+    came = awaitAll(order, epoch, Word::entered);
+  }
   __syncwarp();  // what every lane has seen comes before what lane 0 tells the block
   if (laneIndex() != 0) return;
   state.entered = came;
+  state.start = globalTimer();
   arrive(&state.decided);
 }
 
+/// Columns go with the rows, but are done before these are.
+constexpr float kColumnsLead = 0.8F;
+
 __device__ void writeColumns(const BulkContext& context, BlockState& state, int warp) {
-  if (warp == 0) decideEntry(context.push.order, state);
+  if (warp == 0) enter(context.push.order, state);
+  const float time = kColumnsLead * linkTime(context);
   if (!awaitEntry(state)) return;
+  const std::uint64_t start = state.start;
   pushColumns(context.push, static_cast<int>(blockIdx.x) * kColumnWarps + warp,
-              static_cast<int>(gridDim.x) * kColumnWarps);
+              static_cast<int>(gridDim.x) * kColumnWarps,
+              [=](float fraction) { awaitDue(start, fraction * time); });
 }
 
 /// As the kernel; false if the operation has failed.
 __device__ bool pushInBulk(const BulkContext& context, BlockState& state, std::byte* buffers) {
   const PushArguments& push = context.push;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int columnWarp = warp - context.numMovers;
-  if (columnWarp == 0 && blockIdx.x == 0) raiseEntered(push.order);
   if (threadIdx.x == 0) initState(context, state);
-  sampleLoad(push, state, warp);
   __syncthreads();
-  if (state.epoch == 0) return false;
-  if (columnWarp < 0) {
-    moveRows(context, chooseSplit(state), state, buffers, warp);
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  if (warp < context.numMovers) {
+    moveRows(context, state, buffers, warp);
   } else {
-    writeColumns(context, state, columnWarp);
+    writeColumns(context, state, warp - context.numMovers);
   }
   __syncthreads();
   return state.entered && leavePeers(push.order);
@@ -304,8 +301,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
 #endif
 }
 
-/// Shorter rows are no slower by plain copies.
+/// Shorter rows are no slower by plain copies, which keep to no schedule on a link.
 constexpr std::int64_t kLeastRowBytes = 4 << 10;
+constexpr std::int64_t kLeastLinkedRowBytes = 1 << 10;
 /// Of longer ones, too few would be on their way at a time.
 constexpr std::int64_t kMostPartBytes = 16 << 10;
 
@@ -313,13 +311,27 @@ constexpr std::int64_t roundUp(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+/// Buffers of all blocks that keep the link busy; with many more the last rows come late.
+constexpr std::int64_t kLinkBuffers = 2 << 20;
+constexpr std::int64_t kLeastMovers = 4;
+
 /// What a block can have of shared memory for buffers.
 std::int64_t bytesForBuffers() {
   return deviceLimits().sharedBytes - roundUp(sizeof(BlockState), kPartGranule) - kPartGranule;
 }
 
+/// What goes with a row.
+std::int64_t columnBytes(const PushArguments& arguments) {
+  const std::int64_t idBytes = arguments.topk.wide ? sizeof(std::int64_t) : sizeof(std::int32_t);
+  std::int64_t bytes = sizeof(std::int32_t);  // its number
+  if (arguments.topk.ids != nullptr) bytes += arguments.topk.topk * idBytes;
+  if (arguments.topk.weights != nullptr) bytes += arguments.topk.topk * std::int64_t{sizeof(float)};
+  if (arguments.scales.data == nullptr) return bytes;
+  return bytes + arguments.scales.perToken * arguments.scales.elementBytes;
+}
+
 /// Cuts rows into equal parts that fit into a buffer.
-BulkContext describe(const PushArguments& arguments) {
+BulkContext describe(const PushArguments& arguments, std::int64_t blocks) {
   const std::int64_t row = std::max<std::int64_t>(arguments.rowBytes, 1);
   const std::int64_t parts = (row + kMostPartBytes - 1) / kMostPartBytes;
   const std::int64_t part = roundUp((row + parts - 1) / parts, kPartGranule);
@@ -330,21 +342,31 @@ BulkContext describe(const PushArguments& arguments) {
   context.lastPartBytes = static_cast<std::uint32_t>(row - (context.numParts - 1) * part);
   context.numMovers =
       static_cast<int>(std::min<std::int64_t>(bytesForBuffers() / part, kMostMovers));
+  if (arguments.order.linked) {
+    context.crossTime =
+        nanosecondsToCross(row + columnBytes(arguments), deviceLimits().computeCapability);
+  }
+  if (context.crossTime > 0.0F) {
+    const auto enough = static_cast<int>(std::max(kLinkBuffers / (blocks * part), kLeastMovers));
+    context.numMovers = std::min(context.numMovers, enough);
+  }
   return context;
 }
 
 }  // namespace
 
 bool canPushInBulk(const PushArguments& arguments) {
+  // In one memory plain copies read a row once for any number of ranks, which is less work.
+  const bool linked = arguments.order.linked;
+  if (!linked && arguments.numRanks > kFan) return false;
   return arguments.rowAlignment == 16 && arguments.rowBytes % 16 == 0 &&
-         arguments.rowBytes >= kLeastRowBytes && canCopyInBulk();
+         arguments.rowBytes >= (linked ? kLeastLinkedRowBytes : kLeastRowBytes) && canCopyInBulk();
 }
 
 void pushRowsInBulk(const PushArguments& arguments, int numSms, cudaStream_t stream) {
-  const BulkContext context = describe(arguments);
-  // With more blocks than rows, some would have nothing to do.
-  const std::int64_t rows = arguments.numTokens * std::min(arguments.numRanks, 2);
-  const auto blocks = std::clamp<std::int64_t>(rows, 1, std::max(numSms, 1));
+  // With more blocks than tokens, some would have nothing to do.
+  const auto blocks = std::clamp<std::int64_t>(arguments.numTokens, 1, std::max(numSms, 1));
+  const BulkContext context = describe(arguments, blocks);
   const int threads = (context.numMovers + kColumnWarps) * kWarpSize;
   const int bytes = context.numMovers * static_cast<int>(context.partBytes);
   allowSharedBytes(pushInBulkKernel, bytes);

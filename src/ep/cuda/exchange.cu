@@ -4,6 +4,7 @@
 
 #include "core/layout.hpp"
 #include "cuda/device/order.cuh"
+#include "cuda/device/warp.cuh"
 #include "cuda/kernel_list.hpp"
 #include "cuda/kernels.hpp"
 #include "cuda/plan_report.hpp"
@@ -48,60 +49,84 @@ __device__ std::int32_t awaitCount(const ExchangeArguments& exchange, std::uint6
   return static_cast<std::int32_t>(signalValue(seen) - 1);
 }
 
-/// Sums the counts of each local expert; those of rows go to the prefix matrix, one by one.
+/// Sums the counts of each local expert. Called by all threads but those of the first warp.
 __device__ bool receiveCounts(const ExchangeArguments& exchange, std::uint64_t epoch) {
   bool came = true;
-  const int ranks = exchange.order.numRanks;
-  for (std::int64_t e = threadIdx.x; e < exchange.numLocalExperts; e += blockDim.x) {
+  for (std::int64_t e = threadIdx.x - kWarpSize; e < exchange.numLocalExperts;
+       e += blockDim.x - kWarpSize) {
     std::int32_t sum = 0;
-    for (int rank = 0; rank < ranks && came; ++rank) {
+    for (int rank = 0; rank < exchange.order.numRanks && came; ++rank) {
       const std::int32_t count = awaitCount(exchange, epoch, rank, 1 + e);
       came = count >= 0;
       sum += count;
     }
     exchange.received[e] = came ? sum : 0;
   }
-  for (int rank = threadIdx.x; rank < ranks && came; rank += blockDim.x) {
-    const std::int32_t rows = awaitCount(exchange, epoch, rank, 0);
-    came = rows >= 0;
-    exchange.prefixMatrix[rank * ranks + exchange.order.rank] = rows;
-  }
-  return __syncthreads_and(came) != 0;
+  return came;
 }
 
-/// Makes prefix sums of the rows from each rank, and tells the ranks where theirs begin.
-__device__ void placeRows(const ExchangeArguments& exchange, std::uint64_t epoch) {
-  const Order& order = exchange.order;
-  std::int32_t sum = 0;
-  for (int rank = 0; rank < order.numRanks; ++rank) {
-    std::int32_t& cell = exchange.prefixMatrix[rank * order.numRanks + order.rank];
-    exchange.firstRowFrom[rank] = sum;
-    exchange.numKeptFrom[rank] = static_cast<std::int32_t>(rowsKept(sum, cell, exchange.numRows));
-    if (rank == order.rank) {
-      exchange.firstRows[rank] = sum;
-    } else {
-      raise(order, epoch, Word::firstRow, rank, static_cast<std::uint32_t>(sum) + 1);
-    }
-    sum += cell;
-    cell = sum;
+/// The sum of the values of the lanes up to this one.
+__device__ std::int32_t inclusiveSum(std::int32_t value) {
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const std::int32_t other = __shfl_up_sync(kAllLanes, value, step);
+    if (laneIndex() >= step) value += other;
   }
-  *exchange.numRecv = sum;
-  if (sum <= exchange.numRows) return;
-  exchange.notice->numRecv = sum;
+  return value;
+}
+
+/// Places the rows of `rank` behind those before, of which the last is row `end` - 1, and tells it.
+__device__ void placeRows(const ExchangeArguments& exchange, std::uint64_t epoch, int rank,
+                          std::int32_t rows, std::int32_t end) {
+  const Order& order = exchange.order;
+  const std::int32_t first = end - rows;
+  if (rank == order.rank) {
+    exchange.firstRows[rank] = first;
+  } else {
+    // All that there is to tell is in the word.
+    storeRelaxed(order.peers[rank] + SignalMap(order.numRanks).at(Word::firstRow, order.rank),
+                 packSignal(static_cast<std::uint32_t>(first) + 1, epoch));
+  }
+  exchange.prefixMatrix[rank * order.numRanks + order.rank] = end;
+  exchange.firstRowFrom[rank] = first;
+  exchange.numKeptFrom[rank] = static_cast<std::int32_t>(rowsKept(first, rows, exchange.numRows));
+}
+
+__device__ void noteDropped(const ExchangeArguments& exchange, std::int32_t numRecv) {
+  *exchange.numRecv = numRecv;
+  if (numRecv <= exchange.numRows) return;
+  exchange.notice->numRecv = numRecv;
   exchange.notice->numRows = exchange.numRows;
   exchange.notice->dropped = 1;
 }
 
+/// Learns how many rows come from each rank, and tells the ranks where theirs begin. Called by a
+/// warp.
+__device__ bool receiveRows(const ExchangeArguments& exchange, std::uint64_t epoch) {
+  const int ranks = exchange.order.numRanks;
+  std::int32_t before = 0;
+  for (int base = 0; base < ranks; base += kWarpSize) {
+    const int rank = base + laneIndex();
+    const std::int32_t rows = rank < ranks ? awaitCount(exchange, epoch, rank, 0) : 0;
+    if (!__all_sync(kAllLanes, rows >= 0)) return false;
+    const std::int32_t end = before + inclusiveSum(rows);
+    if (rank < ranks) placeRows(exchange, epoch, rank, rows, end);
+    before = __shfl_sync(kAllLanes, end, kWarpSize - 1);
+  }
+  if (laneIndex() == 0) noteDropped(exchange, before);
+  return true;
+}
+
+/// Learns where the rows of this rank go. Called by a warp.
 __device__ bool receivePlaces(const ExchangeArguments& exchange, std::uint64_t epoch) {
   const Order& order = exchange.order;
   bool came = true;
-  for (int rank = threadIdx.x; rank < order.numRanks; rank += blockDim.x) {
+  for (int rank = laneIndex(); rank < order.numRanks; rank += kWarpSize) {
     if (rank == order.rank) continue;
     const std::uint64_t word = awaitWord(order, epoch, Word::firstRow, rank);
     came = came && word != 0;
     if (word != 0) exchange.firstRows[rank] = static_cast<std::int32_t>(signalValue(word) - 1);
   }
-  return __syncthreads_and(came) != 0;
+  return came;
 }
 
 /// The memory has been something else, some of which may look like a packet.
@@ -137,9 +162,10 @@ __global__ void __launch_bounds__(kThreads)
   if (!enterPeers(exchange.order)) return fillNone(exchange);
   const std::uint64_t epoch = currentEpoch(exchange.order);
   sendCounts(exchange, epoch);
-  if (!receiveCounts(exchange, epoch)) return fillNone(exchange);
-  if (threadIdx.x == 0) placeRows(exchange, epoch);
-  if (!receivePlaces(exchange, epoch)) fillNone(exchange);
+  const bool came = threadIdx.x < kWarpSize
+                        ? receiveRows(exchange, epoch) && receivePlaces(exchange, epoch)
+                        : receiveCounts(exchange, epoch);
+  if (__syncthreads_and(came) == 0) fillNone(exchange);
 }
 
 __device__ void fillBytes(std::byte* out, std::int64_t begin, std::int64_t end, std::byte value) {

@@ -7,6 +7,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/packets.hpp"
+
 namespace mscclpp_ep::cuda {
 
 /// What a rank raises at every peer, {value, tag of the epoch}. No value is 0.
@@ -15,7 +17,9 @@ enum class Word : int {
   finished,  ///< it has written, or read, all that it will
   firstRow,  ///< one more than the row of its outputs to which the first of the peer's tokens goes
   numWords,
-  landed = numWords,  ///< not one of these words: rows of a chunk (combine_push.hpp)
+  // What else a kernel can miss, which is none of these words:
+  landed = numWords,  ///< rows of a chunk (combine_push.hpp)
+  intact,             ///< a row as it was sent (integrity.hpp)
 };
 
 /// The words of one rank, at one peer each, in that peer's memory. A line of memory a word.
@@ -43,6 +47,9 @@ struct WaitFailure {
   std::uint32_t word = 0;
   std::uint64_t seen = 0;
   std::uint32_t aborted = 0;  ///< by the host, before the time was up
+  // Of Word::intact:
+  RowSeal expected;  ///< what would have been right
+  RowSeal sent;      ///< what came with the row
 };
 
 /// What a kernel needs to be ordered with those of other ranks. Pointers to device memory, but for
@@ -50,10 +57,12 @@ struct WaitFailure {
 struct Order {
   std::uint64_t* epoch = nullptr;         ///< of the current operation; 0: the buffer has failed
   unsigned* blocksDone = nullptr;         ///< 0 between kernels
+  unsigned* damaged = nullptr;            ///< not 0: a row was not intact
   std::uint64_t* own = nullptr;           ///< this rank's words
   std::uint64_t* const* peers = nullptr;  ///< [R] the words of each rank
   int rank = 0;
   int numRanks = 1;
+  bool linked = true;                    ///< some rank is on another GPU
   std::uint64_t timeout = 0;             ///< nanoseconds
   const std::uint32_t* abort = nullptr;  ///< the host's: not 0 to end all waits
   WaitFailure* failure = nullptr;

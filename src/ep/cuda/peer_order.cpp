@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "core/damage.hpp"
 #include "core/memory_map.hpp"
 #include "core/packets.hpp"
 #include "mscclpp_ep/error.hpp"
@@ -34,6 +35,14 @@ std::uint64_t nanoseconds(double seconds) {
   return static_cast<std::uint64_t>(std::min(seconds * 1e9, kMost));
 }
 
+/// The GPU whose memory it is; -1: one that is not known here.
+int deviceOf(const void* memory) {
+  cudaPointerAttributes attributes{};
+  if (cudaPointerGetAttributes(&attributes, memory) == cudaSuccess) return attributes.device;
+  (void)cudaGetLastError();
+  return -1;
+}
+
 }  // namespace
 
 PeerOrder::PeerOrder(Transport& transport, std::uint64_t firstEpoch,
@@ -42,6 +51,7 @@ PeerOrder::PeerOrder(Transport& transport, std::uint64_t firstEpoch,
       signals_(transport.share(flagsAt_ + kFlagBytes + kPacketBytes)),
       epoch_(1),
       blocksDone_(1),
+      damaged_(1),
       peers_(static_cast<std::size_t>(transport.size())),
       timeout_(timeout.count()) {
   // Before the ranks connect, and so before any kernel of a peer's raises a word.
@@ -51,8 +61,10 @@ PeerOrder::PeerOrder(Transport& transport, std::uint64_t firstEpoch,
   // 0 says that the buffer has failed.
   epoch_.write({std::max<std::uint64_t>(firstEpoch, 1)});
   blocksDone_.write({0U});
+  damaged_.write({0U});
   order_.epoch = epoch_.get();
   order_.blocksDone = blocksDone_.get();
+  order_.damaged = damaged_.get();
   order_.own = reinterpret_cast<std::uint64_t*>(signals_.data);
   order_.peers = peers_.get();
   order_.rank = transport.rank();
@@ -72,6 +84,8 @@ void PeerOrder::connect(Transport& transport) {
     peers.push_back(reinterpret_cast<std::uint64_t*>(words));
   }
   peers_.write(peers);
+  order_.linked = std::ranges::any_of(
+      peers, [own = deviceOf(signals_.data)](const auto* words) { return deviceOf(words) != own; });
 }
 
 ArenaBlock PeerOrder::part(std::size_t offset) const {
@@ -83,6 +97,10 @@ void PeerOrder::throwIfFailed() const {
   const std::uint64_t epoch = acquire(failure_->epoch);
   if (epoch == 0) return;
   const auto word = static_cast<Word>(failure_->word);
+  if (word == Word::intact) {
+    throw PeerFailure(cat("operation ", epoch, " of the GPU's on rank ", order_.rank, ": ",
+                          describeDamage(failure_->expected, failure_->sent)));
+  }
   const std::string what =
       cat("operation ", epoch, " of the GPU's waited for ", describe(word), " of rank ",
           failure_->peer, ", and saw operation ", signalTag(failure_->seen));

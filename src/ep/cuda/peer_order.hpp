@@ -32,7 +32,8 @@ class PeerOrder {
 
   /// Ends all waits of kernels of this rank, now and later.
   void abort() noexcept { __atomic_store_n(abort_.get(), 1U, __ATOMIC_RELEASE); }
-  /// Throws Timeout if a kernel has waited in vain, naming whom it waited for.
+  /// Throws Timeout if a kernel has waited in vain, naming whom it waited for, PeerFailure if a row
+  /// was damaged.
   void throwIfFailed() const;
 
  private:
@@ -44,6 +45,7 @@ class PeerOrder {
   SharedBlock signals_;
   DeviceArray<std::uint64_t> epoch_;
   DeviceArray<unsigned> blocksDone_;
+  DeviceArray<unsigned> damaged_;
   DeviceArray<std::uint64_t*> peers_;
   double timeout_;
   Order order_;

@@ -20,8 +20,12 @@ namespace mscclpp_ep::cuda {
 
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / kWarpSize;
+/// Threads of a block: more take longer to start, and do more at a time.
+constexpr int kFewThreads = 512;
+constexpr int kMostThreads = 1024;
+constexpr std::int64_t kManyTokens = 16384;
+
+__device__ __forceinline__ int numThreads() { return static_cast<int>(blockDim.x); }
 
 /// Blocks of either kind.
 constexpr std::int64_t kMostChunks = 64;
@@ -39,8 +43,9 @@ struct PlanContext {
   std::int64_t chunkTokens = 0;  ///< a multiple of kWarpSize
   unsigned numChunks = 1;
   unsigned numCounters = 0;
-  int numGroups = 1;        ///< of a step
-  int period = 0;           ///< vectors after which one begins with the same rank; 0: not by vectors
+  int numThreads = kMostThreads;  ///< of a block
+  int numGroups = 1;              ///< of a step
+  int period = 0;  ///< vectors after which one begins with the same rank; 0: not by vectors
   bool sharedExperts = true;
 };
 
@@ -83,22 +88,33 @@ struct ByteCounts {
     words[2] += __vsetne4(bytes.z, 0);
     words[3] += __vsetne4(bytes.w, 0);
   }
+  __device__ __forceinline__ bool any() const {
+    return (words[0] | words[1] | words[2] | words[3]) != 0;
+  }
   __device__ __forceinline__ int at(int place) const {
     return static_cast<int>(words[place / 4] >> (place % 4 * 8) & 0xFF);
   }
+  /// That at an even place, and in the upper half the next one.
+  __device__ __forceinline__ unsigned pairAt(int place) const {
+    return static_cast<unsigned>(at(place) | at(place + 1) << 16);
+  }
 };
 
-/// Adds to the ranks' counts what stands at their places. Called by whole warps.
+/// Adds to the ranks' counts what stands at their places. Called by whole warps. With a period of 1
+/// all threads have the same ranks at the same places, and with any other few do.
 __device__ void addCounts(const ByteCounts& counts, int numRanks, int period, std::int32_t* next) {
   constexpr int kPlaces = 16;
+  if (!__any_sync(kAllLanes, counts.any())) return;
   if (period == 1) {
-    for (int rank = 0; rank < numRanks; ++rank) {
-      int sum = 0;
+    int mine = 0;
 #pragma unroll
-      for (int i = 0; i < kPlaces; ++i) sum += i % numRanks == rank ? counts.at(i) : 0;
-      sum = __reduce_add_sync(kAllLanes, sum);
-      if (laneIndex() == 0 && sum != 0) atomicAdd(next + rank, sum);
+    for (int i = 0; i < kPlaces; i += 2) {
+      // Two sums at a time, in halves of a word.
+      const unsigned sums = __reduce_add_sync(kAllLanes, counts.pairAt(i));
+      if (laneIndex() / 2 == i / 2)
+        mine = static_cast<int>(laneIndex() % 2 == 0 ? sums & 0xFFFF : sums >> 16);
     }
+    if (laneIndex() < kPlaces && mine != 0) atomicAdd(next + (laneIndex() & (numRanks - 1)), mine);
     return;
   }
   int rank = static_cast<int>(threadIdx.x) % period * kPlaces % numRanks;
@@ -115,7 +131,7 @@ __device__ void countByVectors(const PlanArguments& plan, int period, std::int64
                                std::int32_t* next) {
   const auto* in = reinterpret_cast<const uint4*>(plan.inRank);
   const std::int64_t count = end * plan.numRanks / static_cast<std::int64_t>(sizeof(uint4));
-  const int step = kThreads / period * period;
+  const int step = numThreads() / period * period;
   std::int64_t at = static_cast<int>(threadIdx.x) < step ? threadIdx.x : count;
   // All threads of a block go round equally often.
   for (std::int64_t base = 0; base < count;) {
@@ -138,8 +154,8 @@ __device__ void countByVectors(const PlanArguments& plan, int period, std::int64
 
 /// The same, byte by byte, of which a thread looks at those of one rank at a time.
 __device__ void countByBytes(const PlanArguments& plan, std::int64_t end, std::int32_t* next) {
-  const int width = min(plan.numRanks, kThreads);
-  const int tokens = kThreads / width;
+  const int width = min(plan.numRanks, numThreads());
+  const int tokens = numThreads() / width;
   const int mine = static_cast<int>(threadIdx.x) / width;
   if (mine >= tokens) return;
   for (int rank = static_cast<int>(threadIdx.x) % width; rank < plan.numRanks; rank += width) {
@@ -164,7 +180,7 @@ struct Step {
 __device__ void findMasks(const PlanArguments& plan, const Step& step, const Numbering& numbering) {
   const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
   const int items = step.numGroups() * plan.numRanks;
-  for (int item = warp; item < items; item += kWarps) {
+  for (int item = warp; item < items; item += numThreads() / kWarpSize) {
     const int group = item / plan.numRanks;
     const int rank = item - group * plan.numRanks;
     const int token = group * kWarpSize + laneIndex();
@@ -178,7 +194,7 @@ __device__ void findMasks(const PlanArguments& plan, const Step& step, const Num
 /// Finds the ordinals at which the groups begin.
 __device__ void numberGroups(const PlanArguments& plan, const Step& step,
                              const Numbering& numbering) {
-  for (int rank = static_cast<int>(threadIdx.x); rank < plan.numRanks; rank += kThreads) {
+  for (int rank = static_cast<int>(threadIdx.x); rank < plan.numRanks; rank += numThreads()) {
     std::int32_t next = numbering.next[rank];
     for (int group = 0; group < step.numGroups(); ++group) {
       const int at = group * plan.numRanks + rank;
@@ -224,7 +240,7 @@ __device__ void writeHeads(const PlanArguments& plan, const Step& step,
   const std::int64_t first = step.first * plan.numRanks;
   const auto pairs = static_cast<unsigned>(step.count * plan.numRanks);
   const bool aligned = reinterpret_cast<std::uintptr_t>(plan.inRank) % kPairs == 0;
-  for (unsigned pair = threadIdx.x * kPairs; pair < pairs; pair += kThreads * kPairs) {
+  for (unsigned pair = threadIdx.x * kPairs; pair < pairs; pair += blockDim.x * kPairs) {
     const std::int64_t at = first + pair;
     std::int32_t heads[kPairs];
     PairCursor cursor(plan.numRanks, pair);
@@ -256,19 +272,21 @@ __device__ std::int64_t idAt(const TopkArrays& topk, std::int64_t place) {
                    : static_cast<const std::int32_t*>(topk.ids)[place];
 }
 
-/// For a host that waits: all counts, those given and those found.
+/// For a host that waits: all counts, those given and those found. Threads from both ends, and one
+/// in the middle, so that most wait for memory once.
 __device__ void writeReport(const PlanArguments& plan, const Scratch& scratch) {
   auto* out = reinterpret_cast<std::int32_t*>(plan.report + 1);
-  for (std::int64_t i = threadIdx.x; i < plan.numRanks; i += blockDim.x) {
+  for (int i = numThreads() - 1 - static_cast<int>(threadIdx.x); i < plan.numRanks;
+       i += numThreads()) {
     out[i] = plan.sent[i];
     out[plan.numRanks + i] = plan.perRank[i];
   }
   out += 2 * plan.numRanks;
-  for (std::int64_t i = threadIdx.x; i < plan.placement.numExperts; i += blockDim.x) {
+  for (std::int64_t i = threadIdx.x; i < plan.placement.numExperts; i += numThreads()) {
     out[i] = plan.perExpert[i];
     out[plan.placement.numExperts + i] = scratch.choices[i];
   }
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == blockDim.x / 2) {
     const unsigned long long bad = *scratch.badPlace;
     const auto place = static_cast<std::int64_t>(~bad);
     plan.report->badPlace = bad == 0 ? -1 : place;
@@ -330,7 +348,7 @@ __device__ void numberChunk(const PlanContext& context, const Scratch& scratch,
   const std::int64_t begin = chunk * context.chunkTokens;
   const std::int64_t end = min(begin + context.chunkTokens, plan.numTokens);
   const bool isLast = chunk + 1 == context.numChunks;
-  for (int rank = static_cast<int>(threadIdx.x); rank < plan.numRanks; rank += kThreads) {
+  for (int rank = static_cast<int>(threadIdx.x); rank < plan.numRanks; rank += numThreads()) {
     numbering.next[rank] = 0;
   }
   __syncthreads();
@@ -349,7 +367,7 @@ __device__ void numberChunk(const PlanContext& context, const Scratch& scratch,
     numberGroups(plan, step, numbering);
     __syncthreads();
     if (isLast && step.first + step.count == end) {
-      for (int rank = static_cast<int>(threadIdx.x); rank < plan.numRanks; rank += kThreads) {
+      for (int rank = static_cast<int>(threadIdx.x); rank < plan.numRanks; rank += numThreads()) {
         plan.sent[rank] = numbering.next[rank];
       }
       finishIfLast(context, scratch);
@@ -362,13 +380,13 @@ __device__ void numberChunk(const PlanContext& context, const Scratch& scratch,
 /// Goes over a block's choices: a thread's are far apart.
 class ChoiceCursor {
  public:
-  __device__ ChoiceCursor(std::int64_t first, std::int64_t step, std::int64_t topk)
+  __device__ ChoiceCursor(unsigned first, unsigned step, std::int64_t topk)
       : topk_(topk),
         place_(first),
         step_(step),
-        token_(first / topk),
+        token_(first / static_cast<unsigned>(topk)),
         k_(first - token_ * topk),
-        tokenStep_(step / topk),
+        tokenStep_(step / static_cast<unsigned>(topk)),
         kStep_(step - tokenStep_ * topk) {}
 
   __device__ std::int64_t place() const { return place_; }
@@ -403,19 +421,23 @@ __device__ void countChoices(const PlanContext& context, const Scratch& scratch,
   const PlanArguments& plan = context.plan;
   const auto* ids = static_cast<const Index*>(plan.topk.ids);
   const std::int64_t count = plan.numTokens * plan.topk.topk;
-  ChoiceCursor cursor(static_cast<std::int64_t>(block) * kThreads + threadIdx.x,
-                      static_cast<std::int64_t>(context.numCounters) * kThreads, plan.topk.topk);
+  ChoiceCursor cursor(block * blockDim.x + threadIdx.x, context.numCounters * blockDim.x,
+                      plan.topk.topk);
   while (cursor.place() < count) {
     Index chosen[kIdsAhead];
+    std::int64_t places[kIdsAhead];
     const std::uint8_t* marks[kIdsAhead];
 #pragma unroll
     for (int i = 0; i < kIdsAhead; ++i, cursor.advance()) {
-      chosen[i] = cursor.place() < count ? ids[cursor.place()] : -1;
+      places[i] = cursor.place();
+      chosen[i] = places[i] < count ? ids[places[i]] : -1;
       marks[i] = plan.inRank + cursor.token() * plan.numRanks;
-      if (chosen[i] < -1 || chosen[i] >= plan.placement.numExperts) {
-        atomicMax(scratch.badPlace, ~static_cast<unsigned long long>(cursor.place()));
-        chosen[i] = -1;
-      }
+    }
+#pragma unroll
+    for (int i = 0; i < kIdsAhead; ++i) {
+      if (chosen[i] >= -1 && chosen[i] < plan.placement.numExperts) continue;
+      atomicMax(scratch.badPlace, ~static_cast<unsigned long long>(places[i]));
+      chosen[i] = -1;
     }
     bool sent[kIdsAhead];
 #pragma unroll
@@ -435,26 +457,25 @@ __device__ void countInBlock(const PlanContext& context, const Scratch& scratch,
     return countChoices<Index>(context, scratch, placement.owner, scratch.choices, block);
   }
   std::int32_t* owner = shared + placement.numExperts;
-  for (std::int64_t e = threadIdx.x; e < placement.numExperts; e += kThreads) {
+  for (std::int64_t e = threadIdx.x; e < placement.numExperts; e += numThreads()) {
     shared[e] = 0;
     owner[e] = placement.owner[e];
   }
   __syncthreads();
   countChoices<Index>(context, scratch, owner, shared, block);
   __syncthreads();
-  for (std::int64_t e = threadIdx.x; e < placement.numExperts; e += kThreads) {
+  for (std::int64_t e = threadIdx.x; e < placement.numExperts; e += numThreads()) {
     if (shared[e] != 0) atomicAdd(scratch.choices + e, shared[e]);
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kMostThreads)
     planKernel(const __grid_constant__ PlanContext context) {
   extern __shared__ std::int32_t sharedWords[];
   const Scratch scratch(context.plan.scratch);
   if (blockIdx.x < context.numCounters) {
-    context.plan.topk.wide
-        ? countInBlock<std::int64_t>(context, scratch, sharedWords, blockIdx.x)
-        : countInBlock<std::int32_t>(context, scratch, sharedWords, blockIdx.x);
+    context.plan.topk.wide ? countInBlock<std::int64_t>(context, scratch, sharedWords, blockIdx.x)
+                           : countInBlock<std::int32_t>(context, scratch, sharedWords, blockIdx.x);
     finishIfLast(context, scratch);
   } else {
     // The last chunk first: the host waits for it.
@@ -467,6 +488,7 @@ PlanContext describe(const PlanArguments& arguments) {
   PlanContext context;
   context.plan = arguments;
   const std::int64_t tokens = arguments.numTokens;
+  context.numThreads = tokens <= kManyTokens ? kFewThreads : kMostThreads;
   const int ranks = arguments.numRanks;
   const auto cut = [](std::int64_t count, std::int64_t parts) {
     return (count + parts - 1) / parts;
@@ -479,10 +501,10 @@ PlanContext describe(const PlanArguments& arguments) {
   constexpr int kVectorBytes = sizeof(uint4);
   const int period = ranks / std::gcd(ranks, kVectorBytes);
   const bool aligned = reinterpret_cast<std::uintptr_t>(arguments.inRank) % kVectorBytes == 0;
-  context.period = aligned && period <= kThreads ? period : 0;
+  context.period = aligned && period <= context.numThreads ? period : 0;
   const std::int64_t choices = arguments.topk.ids != nullptr ? tokens * arguments.topk.topk : 0;
-  context.numCounters =
-      static_cast<unsigned>(std::min(cut(choices, kThreads * std::int64_t{2}), kMostCounters));
+  context.numCounters = static_cast<unsigned>(
+      std::min(cut(choices, context.numThreads * std::int64_t{2}), kMostCounters));
   context.sharedExperts = arguments.placement.numExperts <= kMostSharedExperts;
   return context;
 }
@@ -503,7 +525,8 @@ void planDispatch(const PlanArguments& arguments, cudaStream_t stream) {
   constexpr std::size_t kPlainBytes = 48 << 10;
   if (bytes > kPlainBytes) allowSharedBytes(planKernel, static_cast<int>(bytes));
   EP_LIST_KERNEL(planKernel);
-  planKernel<<<context.numCounters + context.numChunks, kThreads, bytes, stream>>>(context);
+  planKernel<<<context.numCounters + context.numChunks, static_cast<unsigned>(context.numThreads),
+               bytes, stream>>>(context);
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that plans a dispatch");
 }
 

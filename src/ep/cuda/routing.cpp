@@ -44,6 +44,18 @@ std::shared_ptr<DeviceRouting> makeRouting(const Context& context, const Dispatc
   return routing;
 }
 
+/// Throws CudaError if work on a stream has failed.
+void requireNoFailure(cudaStream_t stream) {
+  const RelaxedCapture relaxed;
+  const cudaError_t state = cudaStreamQuery(stream);
+  if (state != cudaErrorNotReady) {
+    EP_CUDA_TRY(state, "what came before a dispatch failed");
+  } else {
+    // Or the next launch of a kernel is taken to have failed.
+    (void)cudaGetLastError();
+  }
+}
+
 /// Waits until the GPU has written the report of a plan. What comes before it on the caller's
 /// stream may take any time, so only an error or the user ends this.
 void awaitReport(const Context& context, const PlanReport& report, std::uint64_t ticket) {
@@ -55,8 +67,7 @@ void awaitReport(const Context& context, const PlanReport& report, std::uint64_t
     const auto now = std::chrono::steady_clock::now();
     if (now < lookAgain) continue;
     lookAgain = now + kInterruptPeriod;
-    const cudaError_t state = cudaStreamQuery(context.stream);
-    if (state != cudaErrorNotReady) EP_CUDA_TRY(state, "what came before a dispatch failed");
+    requireNoFailure(context.stream);
     if (context.pollInterrupt) context.pollInterrupt();
   }
 }

@@ -4,6 +4,7 @@
 #define MSCCLPP_EP_HOST_RETURNED_BLOCKS_HPP_
 
 #include <functional>
+#include <iterator>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -44,19 +45,20 @@ class ReturnedBlocks {
         fenced_.push_back({std::move(fence), std::exchange(dropped_, {})});
       }
     }
-    std::vector<Block> free;
-    fenced_.remove_if([&](const Fenced& batch) {
-      if (!batch.fence->passed()) return false;
-      free.insert(free.end(), batch.blocks.begin(), batch.blocks.end());
-      return true;
-    });
-    return free;
+    for (auto batch = fenced_.begin(); batch != fenced_.end();) {
+      const bool passed = batch->fence->passed();  // or throws, and what was found is kept
+      if (passed) free_.insert(free_.end(), batch->blocks.begin(), batch->blocks.end());
+      batch = passed ? fenced_.erase(batch) : std::next(batch);
+    }
+    return std::exchange(free_, {});
   }
 
   /// All of them, in use or not.
   std::vector<Block> takeAll() {
     const std::lock_guard lock(mutex_);
     std::vector<Block> all = std::exchange(dropped_, {});
+    all.insert(all.end(), free_.begin(), free_.end());
+    free_.clear();
     for (const Fenced& batch : std::exchange(fenced_, {})) {
       all.insert(all.end(), batch.blocks.begin(), batch.blocks.end());
     }
@@ -72,6 +74,7 @@ class ReturnedBlocks {
   std::mutex mutex_;
   std::vector<Block> dropped_;
   std::list<Fenced> fenced_;
+  std::vector<Block> free_;
 };
 
 }  // namespace mscclpp_ep

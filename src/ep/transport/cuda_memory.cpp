@@ -3,12 +3,12 @@
 
 #include <cuda.h>
 
-#include <atomic>
 #include <bit>
 #include <functional>
 #include <limits>
 #include <map>
 #include <mutex>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -103,8 +103,8 @@ class Allocation {
   CUmemGenericAllocationHandle handle_;
 };
 
-/// The ranks of this process that share the memory of a GPU, and how memory there is given back that
-/// nobody wants any more.
+/// The ranks of this process that share the memory of a GPU, and how memory there is given back
+/// that nobody wants any more.
 class Residents {
  public:
   static Residents& of(int device) {
@@ -115,12 +115,21 @@ class Residents {
     return all[device];
   }
 
-  void join() { ++count_; }
-  void leave(int device) {
-    --count_;
+  void join(int rank) {
+    const std::lock_guard lock(mutex_);
+    ranks_.insert(rank);
+  }
+  void leave(int device, int rank) {
+    {
+      const std::lock_guard lock(mutex_);
+      ranks_.erase(ranks_.find(rank));
+    }
     giveBack(device);
   }
-  int count() const { return count_; }
+  int count() {
+    const std::lock_guard lock(mutex_);
+    return static_cast<int>(ranks_.size());
+  }
 
   void drop(int device, std::function<void()> release) {
     {
@@ -131,25 +140,36 @@ class Residents {
   }
 
  private:
-  void giveBack(int device) {
-    if (count_ > 1) return;
+  /// What may be given back now. Ranks of different groups may have the same number: these do not
+  /// wait for each other.
+  std::vector<std::function<void()>> takeDropped() {
     const std::lock_guard lock(mutex_);
-    if (dropped_.empty()) return;
+    const bool several = !ranks_.empty() && *ranks_.begin() != *ranks_.rbegin();
+    return several ? std::vector<std::function<void()>>() : std::exchange(dropped_, {});
+  }
+
+  void giveBack(int device) {
+    std::vector<std::function<void()>> dropped = takeDropped();
+    if (dropped.empty()) return;
     const RelaxedCapture relaxed;
     int before = 0;
     (void)cudaGetDevice(&before);
     (void)cudaSetDevice(device);
-    // If it fails, the GPU may still use the memory, which stays: a graph is captured, or the driver
-    // has gone at the end of the process.
-    if (cudaDeviceSynchronize() == cudaSuccess) {
-      for (const auto& release : std::exchange(dropped_, {})) release();
+    // If it fails, the GPU may still use the memory, which stays: a graph is captured, or the
+    // driver has gone at the end of the process.
+    const bool idle = cudaDeviceSynchronize() == cudaSuccess;
+    if (idle) {
+      for (const auto& release : dropped) release();
     }
     (void)cudaSetDevice(before);
     (void)cudaGetLastError();
+    if (idle) return;
+    const std::lock_guard lock(mutex_);
+    dropped_.insert(dropped_.end(), dropped.begin(), dropped.end());
   }
 
-  std::atomic<int> count_{0};
   std::mutex mutex_;
+  std::multiset<int> ranks_;  ///< one of each buffer
   std::vector<std::function<void()>> dropped_;
 };
 
@@ -175,7 +195,7 @@ struct Reservation {
 
 class CudaSegments final : public SegmentSource {
  public:
-  explicit CudaSegments(int device) : device_(device) {
+  CudaSegments(int device, int rank) : device_(device), rank_(rank) {
     if (!sharesByDescriptor(device)) {
       throw NotBuilt(
           cat("GPU ", device, " cannot share memory by file descriptors, which the library needs"));
@@ -184,9 +204,9 @@ class CudaSegments final : public SegmentSource {
     check(driver().cuMemGetAllocationGranularity(&granularity_, &wanted,
                                                  CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
           "cannot tell the page size of GPU ", device);
-    Residents::of(device).join();
+    Residents::of(device).join(rank);
   }
-  ~CudaSegments() override { Residents::of(device_).leave(device_); }
+  ~CudaSegments() override { Residents::of(device_).leave(device_, rank_); }
 
   std::int64_t available() const override {
     const CurrentDevice current(device_);
@@ -265,6 +285,7 @@ class CudaSegments final : public SegmentSource {
   }
 
   const int device_;
+  const int rank_;
   std::size_t granularity_ = 0;
 };
 
@@ -284,11 +305,11 @@ void releaseWhenIdle(int device, std::function<void()> release) {
 
 int ranksOnDevice(int device) { return Residents::of(device).count(); }
 
-std::shared_ptr<const SegmentSource> cudaSegments(int device) {
+std::shared_ptr<const SegmentSource> cudaSegments(int device, int rank) {
   const CurrentDevice current(device);
   // Makes the context, which the driver's functions need.
   EP_CUDA_TRY(cudaFree(nullptr), "cannot use GPU ", device);
-  return std::make_shared<const CudaSegments>(device);
+  return std::make_shared<const CudaSegments>(device, rank);
 }
 
 }  // namespace mscclpp_ep

@@ -12,13 +12,13 @@
 namespace mscclpp_ep {
 
 /// Memory of a GPU; what peers share is mapped for that GPU. In a process of several ranks, all
-/// GPUs that can reach the memory may use it. Throws NotBuilt if the GPU or the driver cannot share
-/// memory in this way, CudaError if something fails.
-std::shared_ptr<const SegmentSource> cudaSegments(int device);
+/// GPUs that can reach the memory may use it. `rank` is this one's in its group. Throws NotBuilt if
+/// the GPU or the driver cannot share memory in this way, CudaError if something fails.
+std::shared_ptr<const SegmentSource> cudaSegments(int device, int rank);
 
 /// Lets go of memory that the GPU may be using: at once, after having waited for the GPU, where one
-/// rank of this process uses it. Where several do, kernels of one may wait for another whose thread
-/// this is: then when they have left.
+/// rank of a group uses it in this process. Where several do, kernels of one may wait for another
+/// whose thread this is: then when they have left.
 void releaseWhenIdle(int device, std::function<void()> release);
 
 /// Ranks of this process that share the memory of a GPU.

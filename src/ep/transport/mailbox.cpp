@@ -50,7 +50,7 @@ const std::vector<Message>& Mailbox::exchange(std::uint64_t epoch, std::uint32_t
     }
     return all;
   };
-  transport_.wait(done, [&] { return unfinished(what); });
+  transport_.wait(done, [&] { return unfinished(what, true); });
   forgetMasked();
   return incoming_;
 }
@@ -70,7 +70,7 @@ const std::vector<Message>& Mailbox::collect(std::uint64_t epoch, std::uint32_t 
     }
     return all;
   };
-  transport_.wait(done, [&] { return unfinished(what); });
+  transport_.wait(done, [&] { return unfinished(what, true); });
   forgetMasked();
   return incoming_;
 }
@@ -96,7 +96,7 @@ void Mailbox::post(std::uint64_t epoch, std::uint32_t round, const std::vector<M
     }
     return all;
   };
-  transport_.wait(done, [&] { return unfinished(what); });
+  transport_.wait(done, [&] { return unfinished(what, false); });
 }
 
 /// Fills the slots that are free. True when the whole message has been posted.
@@ -175,11 +175,12 @@ void Mailbox::forgetMasked() {
   }
 }
 
-Awaited Mailbox::unfinished(const char* what) const {
+Awaited Mailbox::unfinished(const char* what, bool answers) const {
   Awaited late{{}, what};
   for (std::size_t r = 0; r < peers_.size(); ++r) {
     if (transport_.masked(static_cast<int>(r))) continue;
-    if (!peers_[r].posted || !peers_[r].complete) late.ranks.push_back(static_cast<int>(r));
+    const bool done = peers_[r].posted && (peers_[r].complete || !answers);
+    if (!done) late.ranks.push_back(static_cast<int>(r));
   }
   return late;
 }

@@ -61,7 +61,8 @@ class Mailbox {
   void takeSome(int peer, const Key& key, bool skipOnly);
   void takeSlot(int peer, const SlotHeader& header, const std::byte* payload);
   void forgetMasked();
-  Awaited unfinished(const char* what) const;
+  /// Those without room for this rank's message or, with `answers`, whose own has not come.
+  Awaited unfinished(const char* what, bool answers) const;
 
   Transport& transport_;
   const ControlMap map_;

@@ -46,8 +46,10 @@ TEST_CASE("flags suffice for every row of every source") {
       const std::int64_t chunks = landingChunks(tokens, chunkRows);
       CHECK(chunks * chunkRows >= tokens);
       CHECK((chunks - 1) * chunkRows < std::max<std::int64_t>(tokens, 1));
+      const std::int64_t flags = landingFlags(tokens, chunkRows);
+      CHECK(landingFlag(chunks - 1, Landed::weights) == flags - 1);
       CHECK(landingFlagBytes(3, tokens, chunkRows) ==
-            static_cast<std::size_t>(3 * chunks) * sizeof(std::uint64_t));
+            static_cast<std::size_t>(3 * flags) * sizeof(std::uint64_t));
     }
   }
 }

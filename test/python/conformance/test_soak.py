@@ -46,6 +46,18 @@ def test_torrent_of_many_ranks(ranks, seed):
 
 
 @pytest.mark.gpu_only
+@pytest.mark.ranks(1, 2)
+def test_behind_long_work(ranks, seed):
+    ranks.check(torrent.behind_long_work, seed)
+
+
+@pytest.mark.gpu_only
+@pytest.mark.ranks(1, 2, 3)
+def test_timed_pushes(ranks, seed):
+    ranks.check(torrent.timed_pushes, seed)
+
+
+@pytest.mark.gpu_only
 @pytest.mark.ranks(2, 4)
 def test_two_buffers(ranks, seed):
     ranks.check(torrent.two_buffers, 100, seed)

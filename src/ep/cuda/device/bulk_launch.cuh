@@ -15,7 +15,7 @@
 namespace mscclpp_ep::cuda {
 
 struct DeviceLimits {
-  int computeCapability = 0;  ///< its major number
+  int computeCapability = 0;  ///< 90 for 9.0
   int sharedBytes = 0;        ///< of a block, if it asks for them
   int numSms = 1;
 };
@@ -34,7 +34,9 @@ inline const DeviceLimits& deviceLimits() {
     EP_CUDA_TRY(cudaGetDeviceCount(&count), "cannot count the GPUs");
     std::vector<DeviceLimits> limits;
     for (int device = 0; device < count; ++device) {
-      limits.push_back({deviceAttribute(cudaDevAttrComputeCapabilityMajor, device),
+      const int major = deviceAttribute(cudaDevAttrComputeCapabilityMajor, device);
+      const int minor = deviceAttribute(cudaDevAttrComputeCapabilityMinor, device);
+      limits.push_back({10 * major + minor,
                         deviceAttribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
                         deviceAttribute(cudaDevAttrMultiProcessorCount, device)});
     }
@@ -51,7 +53,7 @@ inline bool canCopyInBulk() {
   if (plain != nullptr && std::strcmp(plain, "1") == 0) return false;
   // The kernels are made for the shared memory of data-centre chips; some others have half of it.
   constexpr int kLeastSharedBytes = 200 << 10;
-  return deviceLimits().computeCapability >= 9 && deviceLimits().sharedBytes >= kLeastSharedBytes;
+  return deviceLimits().computeCapability >= 90 && deviceLimits().sharedBytes >= kLeastSharedBytes;
 }
 
 /// Lets a kernel ask for so much shared memory beyond what it declares.

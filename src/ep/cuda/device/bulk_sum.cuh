@@ -3,91 +3,27 @@
 #ifndef MSCCLPP_EP_CUDA_DEVICE_BULK_SUM_CUH_
 #define MSCCLPP_EP_CUDA_DEVICE_BULK_SUM_CUH_
 
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
 #include "cuda/device/ptx.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/ring.cuh"
+#include "cuda/device/row_parts.cuh"
 #include "cuda/device/summands.cuh"
+#include "cuda/device/visit.cuh"
 #include "cuda/device/warp.cuh"
 
 namespace mscclpp_ep::cuda {
 
 // A block has pipes, each of a warp that loads and some that sum: one alone has more latencies than
-// it can hide. Then come other warps; those for weights only if there are any.
+// it can hide. Then come other warps.
 inline constexpr int kPipes = 2;
-inline constexpr int kSumWarps = 8;
 inline constexpr int kPipeWarps = 1 + kSumWarps;
-inline constexpr int kWeightWarps = 2;
-inline constexpr int kSumThreads = kSumWarps * kWarpSize;
 
-/// What a thread sums at a time: as much as fits into its registers.
-inline constexpr int kPartVectors = 4;
-inline constexpr std::int64_t kVectorBytes = 16;
-/// A row is done in parts that are so long at most.
-inline constexpr std::int64_t kMostPartBytes = kSumThreads * kPartVectors * kVectorBytes;
-/// Rows are not cut into shorter ones for the sake of more blocks.
-inline constexpr std::int64_t kLeastPartBytes = 2048;
-/// Of which parts, but the last of a row, are multiples.
-inline constexpr std::int64_t kPartGranule = 128;
 inline constexpr int kMostStages = 32;
 /// Of shorter rows plain loads of many warps sum more: a row costs about as much as 6 KB of bytes.
 inline constexpr std::int64_t kLeastBulkRowBytes = 6144;
-
-/// The rows of all tokens, cut into parts. An item is one part of one token; items of a token are
-/// next to each other.
-struct RowParts {
-  std::int64_t numItems = 0;
-  std::int64_t perRow = 1;
-  std::int64_t partBytes = 0;
-  std::int64_t rowBytes = 0;
-};
-
-struct Part {
-  std::int64_t token = 0;
-  std::int64_t offset = 0;  ///< in the row
-  std::uint32_t bytes = 0;
-
-  __device__ static Part of(const RowParts& parts, std::int64_t item) {
-    Part part{item, 0, static_cast<std::uint32_t>(parts.rowBytes)};
-    if (parts.perRow == 1) return part;
-    part.token = item / parts.perRow;
-    part.offset = (item - part.token * parts.perRow) * parts.partBytes;
-    const std::int64_t left = parts.rowBytes - part.offset;
-    part.bytes = static_cast<std::uint32_t>(left < parts.partBytes ? left : parts.partBytes);
-    return part;
-  }
-};
-
-inline std::int64_t divideUp(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
-
-/// At least one item for each of `blocks`, if parts do not get too short by that.
-inline RowParts cutIntoParts(std::int64_t numTokens, std::int64_t rowBytes, std::int64_t blocks) {
-  const std::int64_t least = divideUp(rowBytes, kMostPartBytes);
-  const std::int64_t most = std::max(divideUp(rowBytes, kLeastPartBytes), least);
-  const std::int64_t wanted = divideUp(blocks, std::max<std::int64_t>(numTokens, 1));
-  const std::int64_t length = divideUp(rowBytes, std::clamp(wanted, least, most));
-  RowParts parts;
-  parts.rowBytes = rowBytes;
-  parts.partBytes = divideUp(length, kPartGranule) * kPartGranule;
-  parts.perRow = divideUp(rowBytes, parts.partBytes);
-  parts.numItems = numTokens * parts.perRow;
-  return parts;
-}
-
-/// Some of the items: every `step`th.
-struct ItemRange {
-  std::int64_t first = 0;
-  std::int64_t step = 1;
-  std::int64_t count = 0;
-
-  __device__ static ItemRange of(std::int64_t numItems, std::int64_t first, std::int64_t step) {
-    return {first, step, first < numItems ? (numItems - first + step - 1) / step : 0};
-  }
-  __device__ std::int64_t operator[](std::int64_t i) const { return first + i * step; }
-};
 
 struct BulkSum {
   SumContext context;
@@ -109,7 +45,8 @@ struct SumRing {
   RingBarriers<kMostStages> barriers;
   RowNote notes[kMostStages];
 
-  __device__ void init(int numStages) { barriers.init(numStages, kSumWarps); }
+  /// Called by a warp.
+  __device__ void init(int numStages) { barriers.initByWarp(numStages, kSumWarps); }
 };
 
 /// Goes over the summands of the block's items in the order of their summation, a warp's width at a
@@ -163,6 +100,15 @@ class SummandScan {
   std::int32_t ordinal_;
 };
 
+/// Waits until the summing warps have read all rows, of which there is none at `at`. Called by one
+/// thread.
+__device__ inline void awaitRead(SumRing& ring, RingPosition at) {
+  for (int i = 1; i < ring.barriers.size; ++i) {
+    at.advance();
+    ring.barriers.awaitEmpty(at);
+  }
+}
+
 /// Loads the rows of the pipe's items. With `kLanded`, does not wait for rows any more once one has
 /// not come. Called by a warp, whose first lane issues all loads.
 template <bool kLanded>
@@ -170,8 +116,11 @@ __device__ void loadSummands(const BulkSum& sum, const ItemRange& items, std::ui
                              SumRing& ring, std::byte* stages) {
   RingPosition at(ring.barriers.size);
   bool waits = kLanded;
+  SummandScan scan(sum, items);
+  // If a peer does not come, nothing is read, and what is summed is of no use.
+  const bool reads = kLanded || awaitPeers(sum.context.order, epoch);
   fenceGlobalProxy();
-  for (SummandScan scan(sum, items); scan.more();) {
+  while (reads && scan.more()) {
     std::int64_t item = 0;
     Part part;
     const bool inBatch = scan.hasWholeItem();
@@ -206,11 +155,11 @@ __device__ void loadSummands(const BulkSum& sum, const ItemRange& items, std::ui
       __syncwarp();
     }
   }
-  if (laneIndex() == 0) {
-    ring.barriers.awaitEmpty(at);
-    ring.notes[at.place()] = {static_cast<std::int32_t>(items.count), 1};
-    arrive(&ring.barriers.full[at.place()]);
-  }
+  if (laneIndex() != 0) return;
+  ring.barriers.awaitEmpty(at);
+  ring.notes[at.place()] = {static_cast<std::int32_t>(items.count), 1};
+  arrive(&ring.barriers.full[at.place()]);
+  if (!kLanded) awaitRead(ring, at);
 }
 
 /// What a summing thread works on: its vectors of a part, kSumThreads apart.
@@ -233,44 +182,49 @@ template <class Element>
 struct PartSum {
   using Vector = Words<kVectorBytes>;
   static constexpr int kAhead = 2;  ///< vectors of each row that are loaded before they are added
-  VectorSum<Element, Vector> vectors[kPartVectors];
+  using Sum = VectorSum<Element, Vector>;
+  Sum vectors[kPartVectors];
 
   __device__ __forceinline__ void fill(float start) {
 #pragma unroll
     for (int i = 0; i < kPartVectors; ++i) vectors[i].fill(start);
   }
 
-  template <int kRows>
-  using Loaded = Vector[kAhead][kRows];
-
-  template <int kRows>
-  static __device__ __forceinline__ void load(Loaded<kRows>& loaded, const ThreadPart& part,
-                                              int first, const std::byte* const (&rows)[kRows]) {
+  /// Loads this thread's vectors of some rows, and gives those of each to `use`, in order.
+  template <int kRows, class Use>
+  static __device__ __forceinline__ void forVectors(const ThreadPart& part,
+                                                    const std::byte* const (&rows)[kRows],
+                                                    const Use& use) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (!part.has(first + i)) continue;
+    for (int first = 0; first < kPartVectors; first += kAhead) {
+      Vector loaded[kAhead][kRows];
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        loaded[i][row].loadShared(rows[row] + (first + i) * ThreadPart::kApart);
+      for (int i = 0; i < kAhead; ++i) {
+        if (!part.has(first + i)) continue;
+#pragma unroll
+        for (int row = 0; row < kRows; ++row) {
+          loaded[i][row].loadShared(rows[row] + (first + i) * ThreadPart::kApart);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (part.has(first + i)) use(first + i, loaded[i]);
       }
     }
+  }
+
+  template <int kRows>
+  static __device__ __forceinline__ void addAll(Sum& sum, const Vector (&loaded)[kRows]) {
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) sum.add(loaded[row]);
   }
 
   /// Adds rows, from this thread's first vector on, in their order.
   template <int kRows>
   __device__ __forceinline__ void add(const ThreadPart& part,
                                       const std::byte* const (&rows)[kRows]) {
-#pragma unroll
-    for (int first = 0; first < kPartVectors; first += kAhead) {
-      Loaded<kRows> loaded;
-      load<kRows>(loaded, part, first, rows);
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (!part.has(first + i)) continue;
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) vectors[first + i].add(loaded[i][row]);
-      }
-    }
+    forVectors(part, rows,
+               [this](int i, const Vector(&loaded)[kRows]) { addAll(vectors[i], loaded); });
   }
 
   __device__ __forceinline__ void store(const ThreadPart& part) const {
@@ -284,20 +238,12 @@ struct PartSum {
   template <int kRows>
   static __device__ __forceinline__ void sumWhole(const ThreadPart& part, float start,
                                                   const std::byte* const (&rows)[kRows]) {
-#pragma unroll
-    for (int first = 0; first < kPartVectors; first += kAhead) {
-      Loaded<kRows> loaded;
-      load<kRows>(loaded, part, first, rows);
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (!part.has(first + i)) continue;
-        VectorSum<Element, Vector> sum;
-        sum.fill(start);
-#pragma unroll
-        for (int row = 0; row < kRows; ++row) sum.add(loaded[i][row]);
-        sum.store(part.out + (first + i) * ThreadPart::kApart);
-      }
-    }
+    forVectors(part, rows, [&](int i, const Vector(&loaded)[kRows]) {
+      Sum sum;
+      sum.fill(start);
+      addAll(sum, loaded);
+      sum.store(part.out + i * ThreadPart::kApart);
+    });
   }
 };
 
@@ -427,40 +373,6 @@ class PartSummer {
   ThreadPart part_;
 };
 
-/// Sums the weights of a token for one expert choice; false if some do not come.
-template <bool kLanded>
-__device__ bool sumWeight(const SumContext& context, std::uint64_t epoch, std::int64_t token,
-                          std::int64_t k) {
-  constexpr int kAhead = 4;
-  const Summands& summands = context.weights;
-  float sum = 0.0F;
-  for (int base = 0; base < summands.numRanks; base += kAhead) {
-    std::int32_t ordinals[kAhead];
-    Summand found[kAhead];
-    float values[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) ordinals[i] = loadOrdinal(summands, token, base + i);
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      found[i] = locate<kLanded, true>(context, token, base + i, ordinals[i]);
-      if (kLanded && !awaitLanded(context.order, epoch, found[i])) return false;
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (found[i].row != nullptr) {
-        values[i] = __ldcs(reinterpret_cast<const float*>(found[i].row) + k);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (found[i].row != nullptr) sum += values[i];
-    }
-  }
-  const std::uint32_t bits = Float32Element::round(sum);
-  reinterpret_cast<std::uint32_t*>(context.outWeights)[token * context.topk + k] = bits;
-  return true;
-}
-
 /// Does what the `warp`th of the warps of all pipes does.
 template <class Element, bool kLanded>
 __device__ void runPipe(const BulkSum& sum, std::int64_t block, std::int64_t blocks,
@@ -472,17 +384,6 @@ __device__ void runPipe(const BulkSum& sum, std::int64_t block, std::int64_t blo
   const int role = warp - pipe * kPipeWarps;
   if (role == 0) return loadSummands<kLanded>(sum, items, epoch, ring, mine);
   PartSummer<Element>(sum, items, ring, mine, (role - 1) * kWarpSize + laneIndex()).run();
-}
-
-/// Sums the weights of the block's tokens. Called by some threads, each for its own.
-template <bool kLanded>
-__device__ void sumWeights(const SumContext& context, const ItemRange& tokens, std::uint64_t epoch,
-                           int thread, int numThreads) {
-  const std::int64_t topk = context.topk;
-  for (std::int64_t i = thread; i < tokens.count * topk; i += numThreads) {
-    const std::int64_t which = i / topk;
-    if (!sumWeight<kLanded>(context, epoch, tokens[which], i - which * topk)) return;
-  }
 }
 
 #endif

@@ -21,11 +21,17 @@ class Receiver {
         numRanks_(push.numRanks),
         firstRow_(push.firstRows != nullptr ? push.firstRows[rank] : target_.span.firstRow) {}
 
-  /// Row of its outputs that a token goes to; negative if it does not, or finds no room.
-  __device__ __forceinline__ std::int64_t rowOf(std::int64_t token) const {
-    const std::int32_t ordinal = head_[token * numRanks_];
+  /// Of a token among those sent to it; -1 if it is not.
+  __device__ __forceinline__ std::int32_t ordinalOf(std::int64_t token) const {
+    return head_[token * numRanks_];
+  }
+  /// Row of its outputs that a token of an ordinal goes to; negative if none, or without room.
+  __device__ __forceinline__ std::int64_t rowAt(std::int32_t ordinal) const {
     const std::int64_t row = firstRow_ + ordinal;
     return ordinal >= 0 && row < target_.span.capacity ? row : -1;
+  }
+  __device__ __forceinline__ std::int64_t rowOf(std::int64_t token) const {
+    return rowAt(ordinalOf(token));
   }
 
   /// From its first row; null if it has no such array.
@@ -176,10 +182,16 @@ __device__ inline void pushRun(const PushArguments& push, std::int64_t first, in
 }
 
 /// Writes all columns but the rows. Called by whole warps, of which this is one of `numWarps`.
-__device__ inline void pushColumns(const PushArguments& push, int warp, int numWarps) {
+/// `awaitTurn` is called before each part of what goes to peers, with the fraction of it before.
+template <class AwaitTurn>
+__device__ __forceinline__ void pushColumns(const PushArguments& push, int warp, int numWarps,
+                                            const AwaitTurn& awaitTurn) {
   const std::int64_t runs = (push.numTokens + TokenRun::kMost - 1) / TokenRun::kMost;
   // Each sender begins with itself, and goes on with a receiver of its own.
   for (std::int64_t at = warp; at < runs * push.numRanks; at += numWarps) {
+    if (at >= runs) {
+      awaitTurn(static_cast<float>(at - runs) / static_cast<float>(runs * (push.numRanks - 1)));
+    }
     const auto rank = static_cast<int>((push.order.rank + at / runs) % push.numRanks);
     pushRun(push, at % runs * TokenRun::kMost, rank);
   }

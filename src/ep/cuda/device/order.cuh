@@ -119,11 +119,7 @@ __device__ inline bool leavePeers(const Order& order) {
   bool fine = true;
   if (threadIdx.x < kWarpSize) {
     unsigned before = 0;
-    if (threadIdx.x == 0) {
-      __threadfence_system();
-      before = atomicAdd(order.blocksDone, 1);
-      __threadfence_system();
-    }
+    if (threadIdx.x == 0) before = addAcquireRelease(order.blocksDone, 1);
     before = __shfl_sync(kAllLanes, before, 0);
     __syncwarp();  // what lane 0 has seen comes before what all lanes raise
     const std::uint64_t epoch = currentEpoch(order);

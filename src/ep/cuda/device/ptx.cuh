@@ -31,6 +31,9 @@ __device__ __forceinline__ std::uint64_t loadRelaxed(const std::uint64_t* word) 
   return value;
 }
 
+/// Before a relaxed store, what makes it a release.
+__device__ __forceinline__ void fenceSystem() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
 /// Counts blocks of this GPU: the one that is told of all others knows of all that they did.
 __device__ __forceinline__ unsigned addAcquireRelease(unsigned* word, unsigned value) {
   unsigned before;
@@ -112,6 +115,18 @@ __device__ __forceinline__ bool phaseEnded(std::uint64_t* barrier, std::uint32_t
   asm volatile(
       "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; "
       "}"
+      : "=r"(ended)
+      : "r"(sharedAddress(barrier)), "r"(parity)
+      : "memory");
+  return ended != 0;
+}
+
+/// Whether a phase has ended, without any wait.
+__device__ __forceinline__ bool phaseHasEnded(std::uint64_t* barrier, std::uint32_t parity) {
+  std::uint32_t ended;
+  asm volatile(
+      "{ .reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, "
+      "p; }"
       : "=r"(ended)
       : "r"(sharedAddress(barrier)), "r"(parity)
       : "memory");

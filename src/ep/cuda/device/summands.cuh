@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/combine_push.hpp"
 #include "cuda/device/order.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/warp.cuh"
@@ -33,10 +34,10 @@ struct Landing {
 };
 
 struct SumContext {
+  Order order;
   PerRank<SumSource> sources;
   const std::int32_t* firstRows = nullptr;
   Landing landing;
-  Order order;
   Summands rows;
   Summands weights;
   std::byte* out = nullptr;
@@ -100,17 +101,24 @@ __device__ __forceinline__ Summand locate(const SumContext& context, std::int64_
   if (rows == nullptr || row >= source.span.capacity) return {};
   if (!kLanded || rank == context.order.rank)
     return {rows + row * summands.rowBytes, nullptr, rank};
-  return {rows + ordinal * summands.rowBytes,
-          context.landing.flags[rank] + ordinal / context.landing.chunkRows, rank};
+  const std::int64_t flag =
+      landingFlag(ordinal / context.landing.chunkRows, kWeights ? Landed::weights : Landed::rows);
+  return {rows + ordinal * summands.rowBytes, context.landing.flags[rank] + flag, rank};
 }
 
 __device__ __forceinline__ bool hasLanded(const Summand& summand, std::uint64_t epoch) {
   return summand.flag == nullptr || loadAcquire(summand.flag) == epoch;
 }
 
-/// Gives up on a summand.
-__device__ inline void failToLand(const Order& order, std::uint64_t epoch, const Summand& summand,
-                                  bool aborted) {
+/// Gives up on a summand: it may be that a rank has not come, for which whoever pushes waits, too.
+static __device__ __noinline__ void failToLand(const Order& order, std::uint64_t epoch,
+                                               Summand summand, bool aborted) {
+  for (int peer = 0; peer < order.numRanks; ++peer) {
+    const std::uint64_t seen =
+        loadAcquire(order.own + SignalMap(order.numRanks).at(Word::entered, peer));
+    if (peer == order.rank || isOf(seen, epoch)) continue;
+    return fail(order, epoch, Word::entered, peer, seen, aborted);
+  }
   fail(order, epoch, Word::landed, summand.rank, loadAcquire(summand.flag), aborted);
 }
 
@@ -164,10 +172,12 @@ __device__ __forceinline__ Candidates findCandidates(const SumContext& context, 
 }
 
 /// Waits for all summands of a token; false if one does not come. Called by a whole warp.
+template <bool kWeights>
 __device__ inline bool awaitToken(const SumContext& context, std::uint64_t epoch,
                                   std::int64_t token) {
-  for (int base = 0; base < context.rows.count(); base += kWarpSize) {
-    const Candidates found = findCandidates<true, false>(context, token, base);
+  const Summands& summands = kWeights ? context.weights : context.rows;
+  for (int base = 0; base < summands.count(); base += kWarpSize) {
+    const Candidates found = findCandidates<true, kWeights>(context, token, base);
     if (awaitLanes(context.order, epoch, found.mine, kAllLanes) == 0) return false;
   }
   __syncwarp();

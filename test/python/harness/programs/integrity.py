@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import time
+
 import ml_dtypes
 import numpy as np
 
 import mscclpp_ep as ep
 from harness import steps
 from harness.cases import Case, world_of
+from harness.programs import graphs
+
+PATIENCE = 20.0
 
 
 def high_throughput(context, case: Case, seed: int) -> None:
@@ -32,10 +37,80 @@ def indices_are_the_callers(context, case: Case, seed: int) -> None:
     world = world_of(case, seed, context.size)
     buffer = context.standing(integrity_check=True)
     first = steps.dispatch(context, buffer, world)
-    context.backend.host(first.handle[3])[...] = 77
+    context.backend.write(first.handle[3], 77)
     again = steps.dispatch_again(context, buffer, world, first.handle, 1)
     steps.verify_rows(context, world, again, 1)
     steps.verify_combine(context, world, steps.combine(context, buffer, world, first.handle))
+
+
+def scribbling(context, rows):
+    """A graph that writes to rows, again and again, for some milliseconds."""
+    torch = context.backend.torch
+    numbers = rows.view(torch.int16)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(3000):
+            numbers.add_(1)
+    return stream, graph
+
+
+def changed_on_the_way(context, operation: str, seed: int) -> str:
+    """Rank 0's rows change between their checksum and their use; somebody notices."""
+    torch = context.backend.torch
+    world = world_of(Case(tokens=(2000,), hidden=2048), seed, context.size)
+    buffer = context.buffer(integrity_check=True, timeout=PATIENCE, num_nvl_bytes=64 << 20)
+    arguments = steps.dispatch_arguments(context, world)
+    first = steps.unpack(buffer.dispatch(**arguments))
+    rows = buffer.empty(first.x.shape, first.x.dtype)
+    rows.copy_(first.x)
+    changing, call = {
+        "dispatch": (arguments["x"], lambda: buffer.dispatch(**arguments)),
+        "combine": (rows, lambda: buffer.combine(rows, first.handle)),
+        "combine, ordinary input": (first.x.clone(), None),
+    }[operation]
+    call = call or (lambda: buffer.combine(changing, first.handle))
+    results = [call()]  # undisturbed
+    stream, graph = scribbling(context, changing)
+    buffer.check()
+    with context.group() as group:
+        group.barrier()
+    if context.rank == 0:
+        with torch.cuda.stream(stream):
+            graph.replay()
+
+    def until_it_is_known() -> None:
+        for _ in range(3):
+            results[:] = [call()]
+            buffer.check()
+
+    start = time.monotonic()
+    message = str(steps.raised(ep.PeerFailure, until_it_is_known))
+    assert time.monotonic() - start < PATIENCE / 2, "nobody waits for a rank that has stopped"
+    torch.cuda.synchronize()
+    noticed = "integrity check" in message
+    if noticed and operation == "dispatch":
+        assert (results[0][1] == -1).all(), "indices of rows that were damaged"
+    return message
+
+
+def replayed(context, case: Case, seed: int) -> None:
+    """Dispatch and combine of a graph, each replay in an operation of another number."""
+    torch = context.backend.torch
+    world = world_of(case, seed, context.size)
+    buffer = context.buffer(integrity_check=True)
+    arguments = steps.dispatch_arguments(context, world)
+    arguments["num_worst_tokens"] = sum(len(sent.x) for sent in world.sent) + 2
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.current_stream().synchronize()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        result = steps.unpack(buffer.dispatch(**arguments))
+        combined, _, _ = buffer.combine(result.x, result.handle)
+    for _ in range(5):
+        graphs.poison(context, result.x, result.topk_idx, result.topk_weights, combined)
+        graph.replay()
+        graphs.verify(context, world, result, combined)
+    buffer.check()
 
 
 def low_latency(context, options: dict, exact: bool, seed: int) -> None:

@@ -50,10 +50,10 @@ class Layer:
         steps.verify_combine(context, self.world, self.combined)
 
 
-def limited(context, results: int, seed: int, case: Case | None = None):
+def limited(context, results: int, seed: int, case: Case | None = None, **options):
     """A buffer whose arena holds `results` results of a case; or any number of them."""
     room = result_bytes(world_of(case or layer_of(context), seed, context.size))
-    return context.buffer(max_arena_bytes=results * room)
+    return context.buffer(max_arena_bytes=results * room, **options)
 
 
 def results_survive(context, results: int, seed: int) -> None:
@@ -84,10 +84,10 @@ def straight_rows_are_counted(context, seed: int) -> None:
     assert after.held_bytes - before.held_bytes >= rows * layer.world.case.hidden * 2
 
 
-def sixty_layers(context, results: int, seed: int) -> None:
+def sixty_layers(context, results: int, seed: int, checked: bool = False) -> None:
     """Training: each layer's result lives until the backward pass has come back to it."""
     case = layer_of(context, hidden=256)
-    buffer = limited(context, results, seed, case)
+    buffer = limited(context, results, seed, case, integrity_check=checked)
     layers = [Layer.run(context, buffer, seed + turn, case) for turn in range(60)]
     while layers:
         layer = layers.pop()
@@ -253,9 +253,9 @@ def alive_after_destroy(context, results: int, seed: int) -> None:
     assert (context.backend.host(spare) == context.rank).all()
 
 
-def frozen(context, seed: int) -> None:
+def frozen(context, seed: int, checked: bool = False) -> None:
     """After freeze() the arena keeps its size: results that find no room in it are copied out."""
-    buffer = limited(context, 3, seed)
+    buffer = limited(context, 3, seed, integrity_check=checked)
     for turn in range(2):
         Layer.run(context, buffer, seed + turn)
     buffer.freeze()

@@ -184,6 +184,27 @@ def overlaps(context, seed: int) -> None:
     assert int(same_rows) == 0
 
 
+def behind_long_work(context, seed: int) -> None:
+    """A dispatch whose host waits for counts that come after other work of the stream."""
+    torch = context.backend.torch
+    buffer = context.buffer()
+    for turn in range(2):
+        world = world_of(CASES[0], seed + turn, context.size)
+        arguments = steps.dispatch_arguments(context, world)
+        torch.cuda._sleep(300_000_000)
+        steps.verify_dispatch(context, world, steps.unpack(buffer.dispatch(**arguments)))
+
+
+def timed_pushes(context, seed: int) -> None:
+    """Plain copies to the next rank, and operations as before after them."""
+    buffer = context.buffer()
+    for sms, repeats in ((4, 3), (64, 1)):
+        seconds = buffer._core.time_push(3 << 20, sms, repeats)
+        assert len(seconds) == repeats
+        assert all(0 < each < 1 for each in seconds)
+    steps.round_trip(context, buffer, CASES[0], seed)
+
+
 def killed_in_kernel(context, victim: int, timeout: float, seed: int) -> str:
     """The victim dies between its call and its kernel, for which those of the others wait."""
     import signal
