@@ -103,6 +103,13 @@ class Allocation {
   CUmemGenericAllocationHandle handle_;
 };
 
+/// Waits for all work of the current GPU; false if that fails. cudaFree() does, as what it frees
+/// may be in use; cudaDeviceSynchronize() would spoil a graph that any thread captures meanwhile.
+bool awaitGpu() {
+  void* nothing = nullptr;
+  return cudaMalloc(&nothing, 1) == cudaSuccess && cudaFree(nothing) == cudaSuccess;
+}
+
 /// The ranks of this process that share the memory of a GPU, and how memory there is given back
 /// that nobody wants any more.
 class Residents {
@@ -155,9 +162,9 @@ class Residents {
     int before = 0;
     (void)cudaGetDevice(&before);
     (void)cudaSetDevice(device);
-    // If it fails, the GPU may still use the memory, which stays: a graph is captured, or the
-    // driver has gone at the end of the process.
-    const bool idle = cudaDeviceSynchronize() == cudaSuccess;
+    // If it fails, the GPU may still use the memory, which stays: work on the GPU has failed, or
+    // the driver has gone at the end of the process.
+    const bool idle = awaitGpu();
     if (idle) {
       for (const auto& release : dropped) release();
     }
