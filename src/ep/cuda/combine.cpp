@@ -210,6 +210,7 @@ void RowReducer::pull(const std::vector<CombineEntry>& entries) {
   // Where there is no block for seals, rows are pushed.
   context_.arena.noteOperation(planLandings().bytes);
   std::vector<ArrayAddress> sealsAt;
+  sealsAt.reserve(entries.size());
   for (const CombineEntry& entry : entries) sealsAt.push_back(entry.seals);
   verifyRows(arguments, false, sealsAt);
 }
@@ -249,6 +250,8 @@ void RowReducer::push() {
   const auto& published = exchangePublications(context_, outgoing, "combine");
   std::vector<LandingTarget> targets;
   std::vector<ArrayAddress> sealsAt;
+  targets.reserve(sources_.size());
+  sealsAt.reserve(sources_.size());
   for (std::size_t r = 0; r < sources_.size(); ++r) {
     const auto landing = decode<CombineLanding>(published[r]);
     targets.push_back(bindTarget(r, landing));

@@ -41,7 +41,7 @@ class DeviceArray {
  public:
   explicit DeviceArray(std::size_t count)
       : device_(currentDevice()), data_(static_cast<T*>(takeDeviceMemory(count * sizeof(T)))) {}
-  ~DeviceArray() { freeDeviceMemory(device_, data_); }
+  ~DeviceArray() { freeDeviceMemory(device_, static_cast<void*>(data_)); }
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;
 
