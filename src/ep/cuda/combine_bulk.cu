@@ -71,7 +71,7 @@ void launch(const SumArguments& arguments, int numSms, cudaStream_t stream) {
   const auto numStages =
       static_cast<int>(std::min<std::int64_t>(room / sum.parts.partBytes / kPipes, kMostStages));
   const int bytes = kPipes * numStages * static_cast<int>(sum.parts.partBytes);
-  allowSharedBytes(bulkSumKernel<Element>, bytes);
+  allowSharedBytes(bulkSumKernel<Element>, static_cast<int>(room));
   const auto blocks = static_cast<unsigned>(std::clamp<std::int64_t>(sum.parts.numItems, 1, sms));
   const int warps = kPipes * kPipeWarps + (arguments.outWeights != nullptr ? kWeightWarps : 0);
   EP_LIST_KERNEL(bulkSumKernel<Element>);

@@ -117,8 +117,7 @@ __device__ void runRole(const BulkPushSum& all, const BlockRoles& roles, std::ui
   const int pushWarp = warp - kPipes * kPipeWarps;
   const Order& order = all.sum.context.order;
   // The warps that raise flags, in blocks that push none, too, and those of weights.
-  const unsigned parts =
-      gridDim.x * (1 + (all.sum.context.outWeights != nullptr ? kWeightWarps : 0));
+  const unsigned parts = gridDim.x * (1 + (all.sum.context.topk > 0 ? kWeightWarps : 0));
   if (pushWarp < 0) {
     if (roles.sums) {
       runPipe<Element, true>(all.sum, block, blocks, epoch, rings.sums, shared, warp);
@@ -191,8 +190,7 @@ void launchBulk(const PushSumArguments& arguments, const PushSumShape& shape, cu
   const std::int64_t room = deviceLimits().sharedBytes - kOtherSharedBytes;
   all.sizes = ringSizes(room, all.sum.parts.partBytes, all.push.pieceBytes);
   allowSharedBytes(bulkPushSumKernel<Element>, static_cast<int>(room));
-  const int warps =
-      kPipes * kPipeWarps + kPushWarps + (arguments.sum.outWeights != nullptr ? kWeightWarps : 0);
+  const int warps = kPipes * kPipeWarps + kPushWarps + (arguments.sum.topk > 0 ? kWeightWarps : 0);
   EP_LIST_KERNEL(bulkPushSumKernel<Element>);
   bulkPushSumKernel<Element>
       <<<static_cast<unsigned>(shape.blocks), warps * kWarpSize, static_cast<int>(room), stream>>>(
@@ -298,7 +296,8 @@ __global__ void __launch_bounds__(kPlainThreads, 1)
   if (!enterPeers(order)) return;
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < kPlainPushThreads) {
-    if (all.context.outWeights != nullptr) pushWeights(all.push, epoch);
+    // Also by a rank that has no tokens, and perhaps no memory for their weights.
+    if (all.context.topk > 0) pushWeights(all.push, epoch);
     pushPlainly<Copied>(all.push, epoch, drawn, thread);
   } else {
     sumPlainly<Element, Vector>(all, epoch, thread / kWarpSize - kPlainPushWarps);

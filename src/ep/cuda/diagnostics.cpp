@@ -2,6 +2,7 @@
 #include "cuda/diagnostics.hpp"
 
 #include "cuda/kernels.hpp"
+#include "host/exchange_counts.hpp"
 #include "host/rounds.hpp"
 #include "mscclpp_ep/diagnostics.hpp"
 #include "transport/cuda_memory.hpp"
@@ -66,36 +67,56 @@ std::byte* nextLanding(Context& context, std::size_t bytes) {
                                 : peerRows(context, next, address, rows, kRowBytes, 1);
 }
 
+/// What all pushes of one timing work with, in the memory of the GPU.
+struct PushMemory {
+  PushMemory(Context& context, std::int64_t rows, std::size_t next)
+      : source(context.pool.allocate(static_cast<std::size_t>(rows) * kRowBytes)),
+        head(static_cast<std::size_t>(rows * context.size())),
+        sent(static_cast<std::size_t>(context.size())) {
+    const auto ranks = static_cast<std::size_t>(context.size());
+    std::vector<std::int32_t> heads(static_cast<std::size_t>(rows) * ranks, -1);
+    for (std::size_t row = 0; row < static_cast<std::size_t>(rows); ++row) {
+      heads[row * ranks + next] = static_cast<std::int32_t>(row);
+    }
+    head.write(heads);
+    std::vector<std::int32_t> counts(ranks);
+    counts[next] = static_cast<std::int32_t>(rows);
+    sent.write(counts);
+    context.reserveTables(1);
+  }
+
+  std::shared_ptr<std::byte> source;
+  DeviceArray<std::int32_t> head;
+  DeviceArray<std::int32_t> sent;
+};
+
+std::unique_ptr<PushMemory> takePushMemory(Context& context, std::int64_t rows, std::size_t next) {
+  try {
+    return std::make_unique<PushMemory>(context, rows, next);
+  } catch (const Error& error) {
+    abandonRows(context, Verdict::noRoom, error.what());
+    throw OperationRefused{std::current_exception()};
+  }
+}
+
 }  // namespace
 
 std::vector<double> timePush(Context& context, std::size_t bytes, int repeats) {
   const auto rows = static_cast<std::int64_t>(alignUp(bytes, kRowBytes)) / kRowBytes;
-  const auto whole = static_cast<std::size_t>(rows * kRowBytes);
-  const auto source = context.pool.allocate(whole);
-  context.reserveTables(1);
   const auto ranks = static_cast<std::size_t>(context.size());
   const auto next = static_cast<std::size_t>((context.rank() + 1) % context.size());
-  std::vector<std::int32_t> heads(static_cast<std::size_t>(rows) * ranks, -1);
-  for (std::size_t row = 0; row < static_cast<std::size_t>(rows); ++row) {
-    heads[row * ranks + next] = static_cast<std::int32_t>(row);
-  }
-  const DeviceArray<std::int32_t> head(heads.size());
-  head.write(heads);
-  std::vector<std::int32_t> counts(ranks);
-  counts[next] = static_cast<std::int32_t>(rows);
-  const DeviceArray<std::int32_t> sent(ranks);
-  sent.write(counts);
+  const auto memory = takePushMemory(context, rows, next);
   PushArguments push;
-  push.rows = source.get();
+  push.rows = memory->source.get();
   push.rowBytes = kRowBytes;
-  push.head = head.get();
-  push.sent = sent.get();
+  push.head = memory->head.get();
+  push.sent = memory->sent.get();
   push.numTokens = rows;
   push.numRanks = context.size();
   push.rowAlignment = Alignment::kMost;
   push.order = context.order;
   std::vector<PushTarget> targets(ranks);
-  targets[next].columns[kRows] = nextLanding(context, whole);
+  targets[next].columns[kRows] = nextLanding(context, static_cast<std::size_t>(rows) * kRowBytes);
   targets[next].span = {0, rows};
   push.targets = context.perRank(targets);
   Stopwatch watch;

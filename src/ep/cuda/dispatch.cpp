@@ -323,6 +323,11 @@ PushArguments RowMover::describeSending() {
       arguments.poison.bytes[next++] = data != nullptr ? plan_.numRows * rowBytes_[column] : 0;
     }
   }
+  if (exchangesCounts()) {
+    // Those that callers see: blocks that have not given up yet look up the places behind them.
+    arguments.poison.counts = routing_.counts;
+    arguments.poison.numCounts = map_.firstRows();
+  }
   arguments.order = context_.order;
   return arguments;
 }

@@ -369,7 +369,7 @@ void pushRowsInBulk(const PushArguments& arguments, int numSms, cudaStream_t str
   const BulkContext context = describe(arguments, blocks);
   const int threads = (context.numMovers + kColumnWarps) * kWarpSize;
   const int bytes = context.numMovers * static_cast<int>(context.partBytes);
-  allowSharedBytes(pushInBulkKernel, bytes);
+  allowSharedBytes(pushInBulkKernel, static_cast<int>(bytesForBuffers()));
   EP_LIST_KERNEL(pushInBulkKernel);
   pushInBulkKernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
                      static_cast<std::size_t>(bytes), stream>>>(context);

@@ -151,6 +151,9 @@ __device__ void fillNone(const ExchangeArguments& exchange) {
   }
   for (int rank = threadIdx.x; rank < exchange.order.numRanks; rank += blockDim.x) {
     exchange.numKeptFrom[rank] = 0;
+    exchange.firstRowFrom[rank] = 0;
+    exchange.firstRows[rank] = 0;
+    exchange.prefixMatrix[rank * exchange.order.numRanks + exchange.order.rank] = 0;
   }
   if (threadIdx.x == 0) *exchange.numRecv = 0;
 }

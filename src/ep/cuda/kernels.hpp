@@ -64,11 +64,13 @@ struct PushTarget {
   RowSpan span;                          ///< of this rank's tokens there
 };
 
-/// Bytes of results that are set to 0xFF if the operation fails.
+/// Results that are spoiled if the operation fails.
 struct Poison {
   static constexpr int kMost = 4;
-  std::byte* data[kMost] = {};
+  std::byte* data[kMost] = {};  ///< set to 0xFF
   std::int64_t bytes[kMost] = {};
+  std::int32_t* counts = nullptr;  ///< set to 0
+  std::int64_t numCounts = 0;
 };
 
 struct PushArguments {

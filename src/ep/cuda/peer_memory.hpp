@@ -19,7 +19,7 @@ class PeerMemory {
   /// Begins with memory that is zero.
   PeerMemory(ArenaBlock first, std::size_t bytes) { blocks_.push_back({std::move(first), bytes}); }
 
-  /// So many bytes. Throws SystemError if the arena has no room for them.
+  /// So many bytes. Throws SystemError if there is not so much memory.
   const ArenaBlock& reserve(Arena& arena, std::size_t bytes, cudaStream_t stream, bool capturing) {
     if (bytes > blocks_.back().bytes) add(arena, bytes, stream, capturing);
     return blocks_.back().block;
@@ -37,11 +37,9 @@ class PeerMemory {
         "an operation of so many tokens or experts has to be made once before it is captured");
     // Twice as many as before, so that there are few blocks.
     const std::size_t wanted = std::max(bytes, 2 * blocks_.back().bytes);
-    auto block = arena.allocate(wanted);
-    if (!block)
-      throw SystemError(cat("the arena has no room for ", wanted, " bytes of flags or counts"));
-    EP_CUDA_TRY(cudaMemsetAsync(block->data.get(), 0, wanted, stream), "cannot clear memory");
-    blocks_.push_back({std::move(*block), wanted});
+    ArenaBlock block = arena.shareBeside(wanted);
+    EP_CUDA_TRY(cudaMemsetAsync(block.data.get(), 0, wanted, stream), "cannot clear memory");
+    blocks_.push_back({std::move(block), wanted});
   }
 
   std::vector<Part> blocks_;  ///< also those too small: graphs refer to them

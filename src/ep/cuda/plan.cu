@@ -521,9 +521,12 @@ std::size_t sharedBytes(const PlanContext& context) {
 void planDispatch(const PlanArguments& arguments, cudaStream_t stream) {
   const PlanContext context = describe(arguments);
   const std::size_t bytes = sharedBytes(context);
-  // What a kernel can have without being allowed to.
+  // What a kernel can have without being allowed to, and more than it declares.
   constexpr std::size_t kPlainBytes = 48 << 10;
-  if (bytes > kPlainBytes) allowSharedBytes(planKernel, static_cast<int>(bytes));
+  constexpr int kOtherSharedBytes = 4096;
+  if (bytes > kPlainBytes) {
+    allowSharedBytes(planKernel, deviceLimits().sharedBytes - kOtherSharedBytes);
+  }
   EP_LIST_KERNEL(planKernel);
   planKernel<<<context.numCounters + context.numChunks, static_cast<unsigned>(context.numThreads),
                bytes, stream>>>(context);

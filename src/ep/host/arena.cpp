@@ -113,6 +113,12 @@ ArenaBlock Arena::landing(std::size_t bytes) {
           {Access::landing, landing_.id, 0}};
 }
 
+ArenaBlock Arena::shareBeside(std::size_t bytes) {
+  SharedBlock segment = transport_.share(alignUp(bytes, kPage));
+  return {{segment.data, [owner = segment.owner](std::byte*) {}},
+          {Access::straight, segment.id, 0}};
+}
+
 void Arena::freeze() {
   if (largestOperation_ > 0) landing(largestOperation_);
   frozen_ = true;

@@ -40,6 +40,10 @@ class Arena {
   /// limit, SystemError if there is not enough memory.
   ArenaBlock landing(std::size_t bytes);
 
+  /// Memory beside all that, which does not count: a little, of use in every operation. Throws
+  /// SystemError if there is not enough.
+  ArenaBlock shareBeside(std::size_t bytes);
+
   /// The address of memory, if all of it lies in the arena.
   std::optional<ArrayAddress> locate(const void* data, std::size_t bytes) const;
 

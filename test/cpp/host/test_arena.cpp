@@ -118,6 +118,19 @@ TEST_CASE("the landing block is one, and grows") {
   CHECK_THROWS_AS(arena.landing(8 * kMiB + 1), InvalidArgument);
 }
 
+TEST_CASE("memory beside the arena does not count, and comes also when it is frozen") {
+  Alone alone;
+  Arena arena(*alone.transport, kMiB, kMiB);
+  arena.freeze();
+  const ArenaBlock beside = arena.shareBeside(2 * kMiB);
+  std::memset(beside.data.get(), 3, 2 * kMiB);
+  CHECK(beside.address.access == Access::straight);
+  CHECK(arena.totalBytes() == kMiB);
+  CHECK(!arena.locate(beside.data.get(), 1).has_value());
+  CHECK(arena.shareBeside(1).address.segment != beside.address.segment);
+  CHECK(arena.allocate(kPage).has_value());
+}
+
 TEST_CASE("blocks outlive the arena and its transport") {
   auto alone = std::make_unique<Alone>();
   auto arena = std::make_unique<Arena>(*alone->transport, 4 * kMiB, 64 * kMiB);

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
@@ -47,8 +48,13 @@ inline const DeviceLimits& deviceLimits() {
   return all[static_cast<std::size_t>(device)];
 }
 
+/// Whether the code is compiled for chips with bulk copies: the newest of them that a GPU can run
+/// is the one that it runs.
+inline constexpr bool kHasBulkCopies = std::max({__CUDA_ARCH_LIST__}) >= 900;
+
 /// Whether the current GPU has bulk copies, and MSCCLPP_EP_PLAIN_COPIES does not forbid them.
 inline bool canCopyInBulk() {
+  if constexpr (!kHasBulkCopies) return false;
   const char* plain = std::getenv("MSCCLPP_EP_PLAIN_COPIES");
   if (plain != nullptr && std::strcmp(plain, "1") == 0) return false;
   // The kernels are made for the shared memory of data-centre chips; some others have half of it.
@@ -56,7 +62,8 @@ inline bool canCopyInBulk() {
   return deviceLimits().computeCapability >= 90 && deviceLimits().sharedBytes >= kLeastSharedBytes;
 }
 
-/// Lets a kernel ask for so much shared memory beyond what it declares.
+/// Lets a kernel ask for up to so much shared memory beyond what it declares. The limit is the
+/// kernel's, whatever thread or graph launches it: it must not depend on what one launch needs.
 template <class Kernel>
 void allowSharedBytes(Kernel* kernel, int bytes) {
   EP_CUDA_TRY(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

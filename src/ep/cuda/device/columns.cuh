@@ -204,6 +204,9 @@ __device__ inline void poison(const Poison& results) {
       results.data[i][at] = std::byte{0xFF};
     }
   }
+  for (std::int64_t at = threadIdx.x; at < results.numCounts; at += blockDim.x) {
+    results.counts[at] = 0;
+  }
 }
 
 }  // namespace mscclpp_ep::cuda
