@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-PUSH_BYTES = 256 << 20
+PUSH_BYTES = 512 << 20
 _REPEATS = 5
 
 

@@ -342,7 +342,7 @@ BulkContext describe(const PushArguments& arguments, std::int64_t blocks) {
   context.lastPartBytes = static_cast<std::uint32_t>(row - (context.numParts - 1) * part);
   context.numMovers =
       static_cast<int>(std::min<std::int64_t>(bytesForBuffers() / part, kMostMovers));
-  if (arguments.order.linked) {
+  if (arguments.order.linked && arguments.sent != nullptr) {
     context.crossTime =
         nanosecondsToCross(row + columnBytes(arguments), deviceLimits().computeCapability);
   }

@@ -80,7 +80,7 @@ struct PushArguments {
   TopkArrays topk;
   PlacementArrays placement;
   const std::int32_t* head = nullptr;  ///< [T, R] ordinal of a token among those sent to a rank, -1
-  const std::int32_t* sent = nullptr;  ///< [R] rows for each rank
+  const std::int32_t* sent = nullptr;  ///< [R] rows for each rank; null: no pace is kept
   PerRank<PushTarget> targets;
   const std::int32_t* firstRows = nullptr;  ///< [R] in place of those of the targets; or null
   std::int64_t numTokens = 0;
