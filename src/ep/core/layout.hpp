@@ -48,9 +48,14 @@ constexpr std::int64_t rowsKept(std::int64_t first, std::int64_t count, std::int
   return count < room ? count : room;
 }
 
+/// How many parts of `size` make up `value`, the last one perhaps not whole.
+constexpr std::int64_t divideUp(std::int64_t value, std::int64_t size) {
+  return (value + size - 1) / size;
+}
+
 /// `value` rounded up to a multiple of `alignment`.
 constexpr std::int64_t roundUp(std::int64_t value, std::int64_t alignment) {
-  return (value + alignment - 1) / alignment * alignment;
+  return divideUp(value, alignment) * alignment;
 }
 
 /// Counts of a dispatch layout; `Index` is int32 or int64. Ids of -1 count for nothing.

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/layout.hpp"
 #include "cuda/device/bulk_launch.cuh"
 #include "cuda/device/columns.cuh"
 #include "cuda/device/order.cuh"
@@ -307,10 +308,6 @@ constexpr std::int64_t kLeastLinkedRowBytes = 1 << 10;
 /// Of longer ones, too few would be on their way at a time.
 constexpr std::int64_t kMostPartBytes = 16 << 10;
 
-constexpr std::int64_t roundUp(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 /// Buffers of all blocks that keep the link busy; with many more the last rows come late.
 constexpr std::int64_t kLinkBuffers = 2 << 20;
 constexpr std::int64_t kLeastMovers = 4;
@@ -333,11 +330,11 @@ std::int64_t columnBytes(const PushArguments& arguments) {
 /// Cuts rows into equal parts that fit into a buffer.
 BulkContext describe(const PushArguments& arguments, std::int64_t blocks) {
   const std::int64_t row = std::max<std::int64_t>(arguments.rowBytes, 1);
-  const std::int64_t parts = (row + kMostPartBytes - 1) / kMostPartBytes;
-  const std::int64_t part = roundUp((row + parts - 1) / parts, kPartGranule);
+  const std::int64_t parts = divideUp(row, kMostPartBytes);
+  const std::int64_t part = roundUp(divideUp(row, parts), kPartGranule);
   BulkContext context;
   context.push = arguments;
-  context.numParts = (row + part - 1) / part;
+  context.numParts = divideUp(row, part);
   context.partBytes = static_cast<std::uint32_t>(part);
   context.lastPartBytes = static_cast<std::uint32_t>(row - (context.numParts - 1) * part);
   context.numMovers =

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/layout.hpp"
 #include "cuda/device/warp.cuh"
 
 namespace mscclpp_ep::cuda {
@@ -49,8 +50,6 @@ struct Part {
   }
 };
 
-inline std::int64_t divideUp(std::int64_t value, std::int64_t by) { return (value + by - 1) / by; }
-
 /// At least one item for each of `blocks`, if parts do not get too short by that.
 inline RowParts cutIntoParts(std::int64_t numTokens, std::int64_t rowBytes, std::int64_t blocks) {
   const std::int64_t least = divideUp(rowBytes, kMostPartBytes);
@@ -59,7 +58,7 @@ inline RowParts cutIntoParts(std::int64_t numTokens, std::int64_t rowBytes, std:
   const std::int64_t length = divideUp(rowBytes, std::clamp(wanted, least, most));
   RowParts parts;
   parts.rowBytes = rowBytes;
-  parts.partBytes = divideUp(length, kPartGranule) * kPartGranule;
+  parts.partBytes = roundUp(length, kPartGranule);
   parts.perRow = divideUp(rowBytes, parts.partBytes);
   parts.numItems = numTokens * parts.perRow;
   return parts;

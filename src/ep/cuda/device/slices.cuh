@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/layout.hpp"
 #include "cuda/device/warp.cuh"
 
 namespace mscclpp_ep::cuda {
@@ -37,12 +38,12 @@ struct LaunchShape {
 inline Slices cutRows(std::int64_t numTokens, std::int64_t length, std::int64_t step,
                       std::int64_t granule, int numSms) {
   const std::int64_t wanted = std::max(numSms, 1) * (kBlockWarps * kSlicesPerWarp);
-  const std::int64_t steps = std::max<std::int64_t>((length + step - 1) / step, 1);
+  const std::int64_t steps = std::max<std::int64_t>(divideUp(length, step), 1);
   const std::int64_t rows = std::max<std::int64_t>(numTokens, 1);
-  const std::int64_t most = std::min((wanted + rows - 1) / rows, steps);
-  const std::int64_t perPart = std::max<std::int64_t>((length + most - 1) / most, 1);
-  const std::int64_t partLength = (perPart + granule - 1) / granule * granule;
-  const std::int64_t numParts = std::max<std::int64_t>((length + partLength - 1) / partLength, 1);
+  const std::int64_t most = std::min(divideUp(wanted, rows), steps);
+  const std::int64_t perPart = std::max<std::int64_t>(divideUp(length, most), 1);
+  const std::int64_t partLength = roundUp(perPart, granule);
+  const std::int64_t numParts = std::max<std::int64_t>(divideUp(length, partLength), 1);
   return {numTokens, length, numParts, partLength};
 }
 
@@ -51,8 +52,8 @@ inline Slices cutRows(std::int64_t numTokens, std::int64_t length, std::int64_t 
 inline LaunchShape shapeFor(const Slices& slices, int numSms) {
   const std::int64_t sms = std::max(numSms, 1);
   const std::int64_t count = slices.numTokens * slices.numParts;
-  const std::int64_t warps = std::clamp<std::int64_t>((count + sms - 1) / sms, 1, kBlockWarps);
-  const std::int64_t blocks = std::clamp<std::int64_t>((count + warps - 1) / warps, 1, sms);
+  const std::int64_t warps = std::clamp<std::int64_t>(divideUp(count, sms), 1, kBlockWarps);
+  const std::int64_t blocks = std::clamp<std::int64_t>(divideUp(count, warps), 1, sms);
   return {static_cast<unsigned>(blocks), static_cast<unsigned>(warps * kWarpSize)};
 }
 
