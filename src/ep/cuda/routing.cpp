@@ -47,13 +47,7 @@ std::shared_ptr<DeviceRouting> makeRouting(const Context& context, const Dispatc
 /// Throws CudaError if work on a stream has failed.
 void requireNoFailure(cudaStream_t stream) {
   const RelaxedCapture relaxed;
-  const cudaError_t state = cudaStreamQuery(stream);
-  if (state != cudaErrorNotReady) {
-    EP_CUDA_TRY(state, "what came before a dispatch failed");
-  } else {
-    // Or the next launch of a kernel is taken to have failed.
-    (void)cudaGetLastError();
-  }
+  (void)isDone(cudaStreamQuery(stream), "what came before a dispatch failed");
 }
 
 /// Waits until the GPU has written the report of a plan. What comes before it on the caller's

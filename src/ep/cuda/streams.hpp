@@ -28,14 +28,7 @@ class StreamEvent {
 
   bool passed() const {
     const RelaxedCapture relaxed;
-    const cudaError_t state = cudaEventQuery(event_);
-    if (state != cudaErrorNotReady) {
-      EP_CUDA_TRY(state, "work before an event failed on the GPU");
-      return true;
-    }
-    // Or the next launch of a kernel is taken to have failed.
-    (void)cudaGetLastError();
-    return false;
+    return isDone(cudaEventQuery(event_), "work before an event failed on the GPU");
   }
   void synchronize() const {
     EP_CUDA_TRY(cudaEventSynchronize(event_), "work before an event failed on the GPU");

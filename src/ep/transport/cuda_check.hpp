@@ -21,6 +21,18 @@
 
 namespace mscclpp_ep {
 
+/// Whether work on the GPU is done, as a query has answered. Throws CudaError with `what` if the
+/// work failed.
+inline bool isDone(cudaError_t answer, const char* what) {
+  if (answer != cudaErrorNotReady) {
+    EP_CUDA_TRY(answer, what);
+    return true;
+  }
+  // Or the next launch of a kernel is taken to have failed.
+  (void)cudaGetLastError();
+  return false;
+}
+
 /// Lets this thread call what might wait for the GPU, which is forbidden while a graph is captured,
 /// by any thread, unless it says so.
 class RelaxedCapture {
