@@ -474,7 +474,7 @@ class DispatchSent:
 
 def current_stream(type: object, gpu: int) -> int | None:
     """
-    That of the framework whose tensors are of a type with __dlpack_c_exchange_api__; None if it has none.
+    Of the framework with this type of tensors; None without __dlpack_c_exchange_api__.
     """
 
 class Event:

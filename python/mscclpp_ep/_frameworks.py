@@ -31,10 +31,9 @@ class Framework:
     name = "array API"
     has_streams = True  # if not, its arrays are complete, and so must be those it is given
 
-    def __init__(self, namespace: Any, device: Any = None) -> None:
-        """Of a module, and of what it calls the device of the tensors, if that needs to be told."""
+    def __init__(self, namespace: Any) -> None:
+        """Of a module."""
         self._namespace = namespace
-        self._device = device
 
     def current_stream(self, gpu: int) -> Any:
         """The framework's current stream on a GPU: a cudaStream_t, or an object that keeps it.
@@ -284,7 +283,7 @@ def framework_of(array: Array) -> Framework:
         return _Jax(jax, array)
     if hasattr(array, "__dlpack__"):
         if hasattr(array, "__array_namespace__"):
-            return Framework(array.__array_namespace__(), getattr(array, "device", None))
+            return Framework(array.__array_namespace__())
         return _DLPACK
     msg = (
         f"a {type(array).__name__} was given; a tensor with DLPack is needed: "

@@ -22,9 +22,7 @@ void bindEvent(nb::module_& m) {
         return exchange.currentStream(gpu);
       },
       nb::arg("type"), nb::arg("gpu"),
-      "That of the framework whose tensors are of a type with __dlpack_c_exchange_api__; None if "
-      "it "
-      "has none.");
+      "Of the framework with this type of tensors; None without __dlpack_c_exchange_api__.");
   nb::class_<Event>(m, "Event", "A point in a stream of a GPU.")
       .def(
           "__init__",

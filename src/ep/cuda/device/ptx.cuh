@@ -176,11 +176,6 @@ __device__ __forceinline__ void bulkAwaitStoresBut() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-/// Between plain accesses to shared memory and bulk copies of the same bytes.
-__device__ __forceinline__ void fenceSharedProxy() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 /// Between accesses to global memory that were ordered by signals, and bulk copies of those bytes.
 __device__ __forceinline__ void fenceGlobalProxy() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
