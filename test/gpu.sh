@@ -89,7 +89,7 @@ phase_sanitizer() {
     local tool
     for tool in memcheck racecheck; do
         # Everything takes many times as long.
-        RANKS_PATIENCE=10 PYTHONPATH=test/python PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+        RANKS_PATIENCE=10 PYTHONPATH=test/python${PYTHONPATH:+:$PYTHONPATH} PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             CUDA_DEVICE_MAX_CONNECTIONS=32 \
             phase "$tool, 2 ranks" compute-sanitizer --tool "$tool" --error-exitcode 9 \
             "$python" -m harness.watched cuda 2

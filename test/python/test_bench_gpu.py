@@ -181,6 +181,8 @@ def activity(name, begin, micros, category="kernel"):
 def test_work_is_told_apart_by_marks():
     events = [
         activity(PUSH, 5, 100),  # before the first mark
+        activity(SPIN, 8, 1),
+        activity(PUSH, 9, 1),  # of the gate
         activity(SPIN, 10, 200),
         activity(PUSH, 12.5, 30),  # on another stream, while the mark still spins
         activity("Memcpy DtoH (Device -> Pinned)", 300, 2, "gpu_memcpy"),
@@ -190,9 +192,11 @@ def test_work_is_told_apart_by_marks():
         {"ph": "M", "name": "process_name"},
         activity(SPIN, 400, 1),
         activity("fill_kernel", 410, 90),  # between calls
+        activity(SPIN, 500, 1),
         activity(SPIN, 600, 1),
         activity(SPIN, 700, 1),
         activity(SPIN, 800, 1),
+        activity(SPIN, 805, 1),
         activity(PUSH, 810, 1),  # no mark follows
     ]
     calls = activities_between_marks(reversed(events))

@@ -21,6 +21,7 @@ from mscclpp_ep.bench.cases import Case
 from mscclpp_ep.bench.clock import SpinBarrier
 from mscclpp_ep.bench.gpu_calls import Layer
 from mscclpp_ep.bench.gpu_clock import GpuClock
+from mscclpp_ep.bench.gpu_gate import Gate
 from mscclpp_ep.bench.gpu_inputs import Inputs
 from mscclpp_ep.bench.gpu_measure import Attempts
 from mscclpp_ep.bench.gpu_settings import GpuSettings
@@ -141,7 +142,8 @@ def measure(folder: Path, monkeypatch: pytest.MonkeyPatch, make: Any) -> list[An
 
     def body(group: ep.Group) -> Any:
         barrier = SpinBarrier(folder / "barrier", group.rank, RANKS)
-        clock = GpuClock(stand_in, "cpu", barrier, warmup=1, flush_bytes=0, patience=20)
+        gate = Gate(torch, group, "cpu", gpu_ours.TIMEOUT_S)
+        clock = GpuClock(stand_in, "cpu", barrier, gate, warmup=1, flush_bytes=0, patience=20)
         attempts = Attempts(group, clock)
         system = make(stand_in, group, chosen)
         inputs = Inputs(stand_in, Case(chosen.base, group.rank, 24, 0), "cpu")
@@ -149,6 +151,7 @@ def measure(folder: Path, monkeypatch: pytest.MonkeyPatch, make: Any) -> list[An
         with clock.profiler():
             system.measure(attempts, clock, inputs, SMS, ITERATIONS)
         system.destroy()
+        gate.destroy()
         return clock.times, attempts.failures
 
     with ThreadPoolExecutor(RANKS) as threads:

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mscclpp_ep.bench.clock import SpinBarrier
+    from mscclpp_ep.bench.gpu_gate import Gate
 
 Result = TypeVar("Result")
 GpuKey = tuple[str, str, int]  # system, operation, multiprocessors (0: it does not take a number)
 
-# Long enough to enqueue a call behind, 0.2 ms or so; and as short as can be.
-_SPIN_CYCLES = 400_000
+# Long enough to enqueue a call behind, 0.4 ms or so; and as short as can be.
+_SPIN_CYCLES = 800_000
 _MARK_CYCLES = 1
 _PROFILED_WARMUP = 1
 
@@ -49,10 +50,12 @@ class GpuClock:
 
     Every call comes after a barrier of all ranks, with a cold second-level cache. Where the host is
     not what is timed, it comes behind a kernel that spins, so that the GPU does not wait for the
-    host to launch it, and ranks that launch it at slightly different times still start together.
+    host to launch it, and behind a gate, so that ranks that launch it at slightly different times
+    still start together.
 
     Attributes:
         barrier: of all ranks.
+        gate: likewise, of their GPUs.
         times: by key.
     """
 
@@ -61,12 +64,14 @@ class GpuClock:
         torch: Any,
         device: str,
         barrier: SpinBarrier,
+        gate: Gate,
         *,
         warmup: int,
         flush_bytes: int,
         patience: float,
     ) -> None:
         self.barrier = barrier
+        self.gate = gate
         self.times: dict[GpuKey, Times] = defaultdict(Times)
         self.profiler_error: str | None = None
         self._torch = torch
@@ -179,6 +184,7 @@ class GpuClock:
         events = self._torch.cuda.Event
         begin, end = events(enable_timing=True), events(enable_timing=True)
         self._torch.cuda._sleep(_SPIN_CYCLES)
+        self.gate()
         for _ in range(skipped):
             call()
         begin.record()
@@ -191,13 +197,18 @@ class GpuClock:
     def _by_profiler(
         self, key: GpuKey, call: Callable[[], Result], pairs: int, skipped: int
     ) -> Result:
-        """Marks where the call begins and ends on the GPU, for `activities_between_marks`."""
+        """Marks where the call begins and ends on the GPU, for `activities_between_marks`.
+
+        What spins before the gate is a mark as well: each call has three.
+        """
         assert self._marked is not None
         for _ in range(skipped):
             call()
         self._torch.cuda.synchronize()
         self._marked.append((key, pairs))
         self._torch.cuda._sleep(_SPIN_CYCLES)
+        self.gate()
+        self._torch.cuda._sleep(_MARK_CYCLES)
         try:
             return _repeat(call, pairs)
         finally:

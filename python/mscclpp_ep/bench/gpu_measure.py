@@ -84,8 +84,9 @@ class Attempts:
         failed = [rank for rank, (why, _, _) in enumerate(everyone) if why]
         if not failed:
             return None
-        # Some ranks may have come to more barriers than others.
+        # Some ranks may have come to more barriers and gates than others.
         barrier.realign(1 + max(turn for _, _, turn in everyone))
+        self._clock.gate.renew()
         # The others may only have waited for the one that matters.
         rank = min(failed, key=lambda each: everyone[each][0].startswith(_CONSEQUENCES))
         why, trace, _ = everyone[rank]

@@ -15,11 +15,13 @@ Activities = dict[str, float]  # seconds, by name
 _KINDS = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 # The kernel of torch.cuda._sleep, which marks where calls begin and end.
 _MARK = "spin_kernel"
+# One before what lets ranks begin together, one before the call, and one after it.
+_MARKS_OF_CALL = 3
 _US = 1e-6
 
 
 def activities_between_marks(events: Iterable[Mapping[str, Any]]) -> list[Activities]:
-    """What the GPU did between the first and the second mark, the third and the fourth, and so on.
+    """What the GPU did between the second and the third of every three marks.
 
     That is what began there: a kernel may begin as soon as the mark does, on another stream.
 
@@ -27,21 +29,21 @@ def activities_between_marks(events: Iterable[Mapping[str, Any]]) -> list[Activi
         events: `traceEvents` of a trace in Chrome's format, in any order.
 
     Returns:
-        For each pair of marks, the time of each kind of kernel and copy in it. A last mark that
-        stands alone is not counted.
+        For each three marks, the time of each kind of kernel and copy between the last two. Fewer
+        than three at the end are not counted.
     """
     work = [e for e in events if e.get("ph") == "X" and e.get("cat") in _KINDS]
     work.sort(key=lambda event: float(event["ts"]))
     calls: list[Activities] = []
-    current: defaultdict[str, float] | None = None
+    marks = 0
+    current: defaultdict[str, float] = defaultdict(float)
     for event in work:
         if _MARK in event["name"]:
-            if current is None:
-                current = defaultdict(float)
-            else:
+            marks = (marks + 1) % _MARKS_OF_CALL
+            if marks == 0:
                 calls.append(dict(current))
-                current = None
-        elif current is not None:
+            current = defaultdict(float)
+        elif marks == _MARKS_OF_CALL - 1:
             name = event["name"]
             # Those of copies say from where to where in brackets.
             name = short_name(name) if event["cat"] == "kernel" else name

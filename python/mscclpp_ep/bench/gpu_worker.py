@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mscclpp_ep.bench.cases import Case
 from mscclpp_ep.bench.clock import SpinBarrier
 from mscclpp_ep.bench.gpu_clock import GpuClock, GpuKey, Times
+from mscclpp_ep.bench.gpu_gate import Gate
 from mscclpp_ep.bench.gpu_inputs import Inputs
 from mscclpp_ep.bench.gpu_measure import Attempts, CaseFailure, GpuSystem
 from mscclpp_ep.bench.gpu_ours import TIMEOUT_S, Ours
@@ -100,15 +101,16 @@ class _Worker:
     def run(self) -> GpuMeasured:
         base, rank = self._settings.base, self._rank
         device = self._describe()
-        clock = GpuClock(
-            self._torch,
-            self._device,
-            SpinBarrier(self._folder / "barrier", rank.index, rank.size),
-            warmup=base.warmup,
-            flush_bytes=base.flush << 20,
-            patience=_BARRIER_PATIENCE_S,
-        )
         with rank.join() as group:
+            clock = GpuClock(
+                self._torch,
+                self._device,
+                SpinBarrier(self._folder / "barrier", rank.index, rank.size),
+                Gate(self._torch, group, self._device, TIMEOUT_S),
+                warmup=base.warmup,
+                flush_bytes=base.flush << 20,
+                patience=_BARRIER_PATIENCE_S,
+            )
             sms = self._agree_on_sms(group)
             attempts = Attempts(group, clock)
             ours = Ours(self._torch, group, self._settings, self._device)
@@ -118,6 +120,7 @@ class _Worker:
                     self._measure_round(number, iterations, sms, attempts, clock, ours, peers)
                     gc.collect()
             ours.destroy()
+            clock.gate.destroy()
         return GpuMeasured(
             sms=sms,
             times=dict(clock.times),
