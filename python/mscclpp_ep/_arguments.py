@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import sys
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -248,6 +249,21 @@ def scratch_array(
 def view(name: str, array: Array | None) -> Any:
     """Imports a tensor; errors name the argument."""
     return _imported(_frameworks.view, name, array)
+
+
+def views_of(arrays: dict[str, Array | None]) -> list[Any]:
+    """Imports tensors; errors name the argument. Those of Torch without a detour."""
+    torch = sys.modules.get("torch")
+    tensor: Any = None if torch is None else torch.Tensor
+    try:
+        return [
+            _core.View(array)
+            if array is not None and type(array) is tensor and not array.requires_grad
+            else view(name, array)
+            for name, array in arrays.items()
+        ]
+    except _core.InvalidArgument:
+        return [view(name, array) for name, array in arrays.items()]
 
 
 def output_view(name: str, array: Array | None) -> Any:

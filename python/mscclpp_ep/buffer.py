@@ -23,6 +23,7 @@ from mscclpp_ep._arguments import (
     unpack_config,
     unpack_x,
     view,
+    views_of,
 )
 from mscclpp_ep._core import Config, DataType, InvalidArgument
 from mscclpp_ep._devices import (
@@ -342,7 +343,7 @@ class Buffer(LowLatencyMethods):
         del num_tokens_per_rdma_rank
         operation = Operation.dispatch if handle is None else Operation.cached_dispatch
 
-        def convert() -> tuple[Framework, list[_core.View | None], int, int, _core.Ordering]:
+        def convert() -> tuple[Framework, Any, int, int, _core.Ordering]:
             check_call(previous_event, async_finish, allocate_on_comm_stream, stream, self.device)
             num_sms = unpack_config(config, Buffer.num_sms)
             rows, scales = unpack_x(x)
@@ -356,7 +357,7 @@ class Buffer(LowLatencyMethods):
                 "topk_idx": topk_idx,
                 "topk_weights": topk_weights,
             }
-            views = [view(name, array) for name, array in named.items()]
+            views = views_of(named)
             alignment = integer("expert_alignment", expert_alignment)
             worst = integer("num_worst_tokens", num_worst_tokens)
             if handle is not None:
@@ -367,34 +368,18 @@ class Buffer(LowLatencyMethods):
             return framework, views, alignment, worst, ordering
 
         framework, views, alignment, worst, ordering = self._or_refuse(operation, convert)
-        if handle is None:
-            pending = self._core.begin_dispatch(
-                x=views[0],
-                scales=views[1],
-                is_token_in_rank=views[2],
-                num_tokens_per_rank=views[3],
-                num_tokens_per_expert=views[4],
-                topk_idx=views[5],
-                topk_weights=views[6],
-                expert_alignment=alignment,
-                num_worst_tokens=worst,
-                ordering=ordering,
-            )
-        else:
-            pending = self._core.begin_cached_dispatch(views[0], views[1], handle.core, ordering)
-        arrays = x if isinstance(x, tuple) else (x,)
-        sources = [*arrays, *([None] * (2 - len(arrays))), topk_idx, topk_weights]
-        try:
-            outputs = self._core.make_outputs(pending, views[0], views[1], views[5], views[6])
-        except BaseException as error:
-            self._core.abandon_dispatch(pending, str(error))
-            raise
-        finished, counts = self._core.finish_dispatch(pending, *outputs)
+        outputs, finished, counts = (
+            self._core.dispatch(*views, alignment, worst, ordering)
+            if handle is None
+            else self._core.cached_dispatch(views[0], views[1], handle.core, ordering)
+        )
         if topk_idx is not None and num_tokens_per_expert is not None:
             experts = int(num_tokens_per_expert.shape[0])
             note_choices(self.rank, self.group_size, experts, topk_idx)
 
         # Before the results are exported, which must be complete for some frameworks.
+        arrays = x if isinstance(x, tuple) else (x,)
+        sources = [*arrays, *([None] * (2 - len(arrays))), topk_idx, topk_weights]
         used = [*sources, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert]
         event = self._finished(framework, async_finish, used)
         exported = [
@@ -456,7 +441,7 @@ class Buffer(LowLatencyMethods):
             check_given("x", x, "[N, H]")
             bias0, bias1 = self._unpack_bias(bias)
             named = {"x": x, "topk_weights": topk_weights, "bias": bias0, "the second bias": bias1}
-            views = [view(name, array) for name, array in named.items()]
+            views = views_of(named)
             framework = framework_of(x)
             ordering = self._order(framework, previous_event, async_finish, stream, num_sms)
             if ordering.stream is not None:

@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <charconv>
 #include <cstdint>
 #include <optional>
@@ -85,55 +86,70 @@ nb::tuple getDispatchLayout(Buffer& buffer, const View& topkIdx, std::int64_t nu
   return nb::make_tuple(perRank, perExpert, inRank);
 }
 
-PendingDispatch beginDispatch(Buffer& buffer, const View* x, const View* scales,
-                              const View* isTokenInRank, const View* numTokensPerRank,
-                              const View* numTokensPerExpert, const View* topkIdx,
-                              const View* topkWeights, std::int64_t expertAlignment,
-                              std::int64_t numWorstTokens, const Ordering& ordering) {
-  return buffer.beginDispatch(
-      {viewOf(x), viewOf(scales), viewOf(topkIdx), viewOf(topkWeights), viewOf(isTokenInRank),
-       viewOf(numTokensPerRank), viewOf(numTokensPerExpert)},
-      {.expertAlignment = expertAlignment, .numWorstTokens = numWorstTokens}, ordering.call);
+/// Memory for what a dispatch receives, of each array that it has: in the arena, so that rows
+/// arrive in place.
+void makeOutputs(Buffer& buffer, const PendingDispatch& pending, std::span<const View* const> likes,
+                 std::optional<Tensor>* outputs) {
+  for (const View* like : likes) {
+    std::optional<Tensor>& output = *outputs++;
+    if (like == nullptr) continue;
+    output = buffer.empty({pending.numRows(), like->view.shape[1]}, like->view.dtype);
+  }
 }
 
-PendingDispatch beginCachedDispatch(Buffer& buffer, const View* x, const View* scales,
-                                    const DispatchHandle& handle, const Ordering& ordering) {
+TensorView viewOf(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->view : TensorView{};
+}
+
+/// The rest of a dispatch that `begin` begins: arrays like those given, the handle, and the rows
+/// per local expert, which become objects of Python when the rows are on their way.
+template <typename Begin>
+nb::tuple finished(Buffer& buffer, const std::array<const View*, 4>& likes, const Begin& begin) {
+  std::optional<Tensor> outputs[4];
+  std::vector<std::int64_t> counts;
+  std::optional<DispatchHandle> handle;
+  {
+    const nb::gil_scoped_release release;
+    PendingDispatch pending = begin();
+    const std::span<const std::int64_t> given = pending.numRecvTokensPerExpert();
+    counts.assign(given.begin(), given.end());
+    try {
+      makeOutputs(buffer, pending, likes, outputs);
+    } catch (const std::exception& error) {
+      buffer.abandonDispatch(std::move(pending), error.what());
+      throw;
+    }
+    handle = buffer.finishDispatch(std::move(pending), {viewOf(outputs[0]), viewOf(outputs[1]),
+                                                        viewOf(outputs[2]), viewOf(outputs[3])});
+  }
+  return nb::make_tuple(nb::make_tuple(outputs[0], outputs[1], outputs[2], outputs[3]),
+                        std::move(*handle), counts);
+}
+
+nb::tuple dispatch(Buffer& buffer, const View* x, const View* scales, const View* isTokenInRank,
+                   const View* numTokensPerRank, const View* numTokensPerExpert,
+                   const View* topkIdx, const View* topkWeights, std::int64_t expertAlignment,
+                   std::int64_t numWorstTokens, const Ordering& ordering) {
+  const DispatchInputs inputs{viewOf(x),
+                              viewOf(scales),
+                              viewOf(topkIdx),
+                              viewOf(topkWeights),
+                              viewOf(isTokenInRank),
+                              viewOf(numTokensPerRank),
+                              viewOf(numTokensPerExpert)};
+  const DispatchOptions options{.expertAlignment = expertAlignment,
+                                .numWorstTokens = numWorstTokens};
+  return finished(buffer, {x, scales, topkIdx, topkWeights},
+                  [&] { return buffer.beginDispatch(inputs, options, ordering.call); });
+}
+
+nb::tuple cachedDispatch(Buffer& buffer, const View* x, const View* scales,
+                         const DispatchHandle& handle, const Ordering& ordering) {
   DispatchInputs inputs;
   inputs.x = viewOf(x);
   inputs.scales = viewOf(scales);
-  return buffer.beginCachedDispatch(inputs, handle, ordering.call);
-}
-
-/// Memory for what a dispatch receives, of each array that it has: in the arena, so that rows
-/// arrive in place.
-nb::tuple makeOutputs(Buffer& buffer, const PendingDispatch& pending, const View* x,
-                      const View* scales, const View* topkIdx, const View* topkWeights) {
-  std::optional<Tensor> outputs[4];
-  {
-    const nb::gil_scoped_release release;
-    std::size_t next = 0;
-    for (const View* like : {x, scales, topkIdx, topkWeights}) {
-      std::optional<Tensor>& output = outputs[next++];
-      if (like == nullptr) continue;
-      output = buffer.empty({pending.numRows(), like->view.shape[1]}, like->view.dtype);
-    }
-  }
-  return nb::make_tuple(outputs[0], outputs[1], outputs[2], outputs[3]);
-}
-
-/// The handle, and the rows per local expert, which become objects of Python when the rows are on
-/// their way.
-nb::tuple finishDispatch(Buffer& buffer, PendingDispatch& pending, const Tensor* x,
-                         const Tensor* scales, const Tensor* topkIdx, const Tensor* topkWeights) {
-  const std::span<const std::int64_t> given = pending.numRecvTokensPerExpert();
-  const std::vector<std::int64_t> counts(given.begin(), given.end());
-  const auto finish = [&] {
-    const nb::gil_scoped_release release;
-    return buffer.finishDispatch(std::move(pending),
-                                 {viewOf(x), viewOf(scales), viewOf(topkIdx), viewOf(topkWeights)});
-  };
-  DispatchHandle handle = finish();
-  return nb::make_tuple(std::move(handle), counts);
+  return finished(buffer, {x, scales, nullptr, nullptr},
+                  [&] { return buffer.beginCachedDispatch(inputs, handle, ordering.call); });
 }
 
 void combine(Buffer& buffer, const View* x, const DispatchHandle& handle, const View* topkWeights,
@@ -199,23 +215,13 @@ void bindOperations(nb::class_<Buffer>& buffer) {
   buffer
       .def("get_dispatch_layout", &getDispatchLayout, nb::arg("topk_idx"), nb::arg("num_experts"),
            nb::arg("ordering"))
-      .def("begin_dispatch", &beginDispatch, nb::arg("x").none(), nb::arg("scales").none(),
+      .def("dispatch", &dispatch, nb::arg("x").none(), nb::arg("scales").none(),
            nb::arg("is_token_in_rank").none(), nb::arg("num_tokens_per_rank").none(),
            nb::arg("num_tokens_per_expert").none(), nb::arg("topk_idx").none(),
            nb::arg("topk_weights").none(), nb::arg("expert_alignment"), nb::arg("num_worst_tokens"),
-           nb::arg("ordering"), Release())
-      .def("begin_cached_dispatch", &beginCachedDispatch, nb::arg("x").none(),
-           nb::arg("scales").none(), nb::arg("handle"), nb::arg("ordering"), Release())
-      .def("make_outputs", &makeOutputs, nb::arg("pending"), nb::arg("x").none(),
-           nb::arg("scales").none(), nb::arg("topk_idx").none(), nb::arg("topk_weights").none())
-      .def("finish_dispatch", &finishDispatch, nb::arg("pending"), nb::arg("x").none(),
-           nb::arg("scales").none(), nb::arg("topk_idx").none(), nb::arg("topk_weights").none())
-      .def(
-          "abandon_dispatch",
-          [](Buffer& self, PendingDispatch& pending, const std::string& why) {
-            self.abandonDispatch(std::move(pending), why);
-          },
-          nb::arg("pending"), nb::arg("why"), Release())
+           nb::arg("ordering"))
+      .def("cached_dispatch", &cachedDispatch, nb::arg("x").none(), nb::arg("scales").none(),
+           nb::arg("handle"), nb::arg("ordering"))
       .def("combine", &combine, nb::arg("x").none(), nb::arg("handle"),
            nb::arg("topk_weights").none(), nb::arg("bias0").none(), nb::arg("bias1").none(),
            nb::arg("out"), nb::arg("out_weights").none(), nb::arg("ordering"), Release())

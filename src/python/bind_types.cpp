@@ -66,8 +66,6 @@ void bindPool(nb::module_& m) {
 }
 
 void bindHandle(nb::module_& m) {
-  nb::class_<PendingDispatch>(m, "PendingDispatch", "A dispatch between its two calls.")
-      .def_prop_ro("num_rows", &PendingDispatch::numRows);
   nb::class_<HandleFields>(m, "HandleFields", "Counts of a handle in the memory of the GPU.")
       .def_ro("num_recv_tokens", &HandleFields::numRecvTokens)
       .def_ro("num_recv_tokens_per_expert", &HandleFields::numRecvTokensPerExpert)

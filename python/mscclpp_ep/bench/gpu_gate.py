@@ -28,8 +28,10 @@ class Gate:
     def __init__(self, torch: Any, group: ep.Group, device: str, timeout: float) -> None:
         """Of ranks that are on these devices; collective."""
         ranks = group.size
-        self._make = lambda: ep.Buffer(group, _ARENA_BYTES, device=device, timeout=timeout)
-        self._row = torch.zeros((1, _ELEMENTS), dtype=torch.bfloat16, device=device)
+        self._group = group
+        self._device = device
+        self._timeout = timeout
+        self._row: Any = torch.zeros((1, _ELEMENTS), dtype=torch.bfloat16, device=device)
         ones = torch.ones(ranks, dtype=torch.int32, device=device)
         everywhere = torch.ones((1, ranks), dtype=torch.bool, device=device)
         self._routing = {
@@ -40,7 +42,9 @@ class Gate:
         self._connect()
 
     def _connect(self) -> None:
-        self._buffer = self._make()
+        self._buffer = ep.Buffer(
+            self._group, _ARENA_BYTES, device=self._device, timeout=self._timeout
+        )
         handle = self._buffer.dispatch(self._row, **self._routing)[4]
         self._enqueue: Callable[[], object] = lambda: self._buffer.dispatch(
             self._row, handle=handle, config=ep.Config(1)

@@ -14,8 +14,9 @@ namespace mscclpp_ep {
 
 struct Routing {
   std::shared_ptr<const SendPlan> plan;  ///< its heads stay on the GPU, if rows are there
-  std::vector<std::int32_t> perRank;     ///< [R] numTokensPerRank, as given
-  std::vector<std::int32_t> perExpert;   ///< [E] numTokensPerExpert, as given
+  /// [R] numTokensPerRank, as given; empty, as `choices` is, where a GPU compares the counts.
+  std::vector<std::int32_t> perRank;
+  std::vector<std::int32_t> perExpert;  ///< [E] numTokensPerExpert, as given
   /// [E] choices of the tokens that go to the rank of their expert; empty without top-k.
   std::vector<std::int64_t> choices;
   std::shared_ptr<const void> onGpu;  ///< what a GPU keeps of it

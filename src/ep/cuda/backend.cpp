@@ -119,15 +119,22 @@ class CudaBackend final : private Resources, public HostBackend {
     return pool_.allocate(bytes);
   }
   std::int64_t ordinaryBytes() override { return pool_.bytes(); }
+  void requireSound(const DispatchRequest& request) override {
+    if (request.cached != nullptr || !request.countsOnHost()) return;
+    const CurrentDevice current(device);
+    verifyRouting(context(request.call), reporter_, request);
+  }
   void notice() override { peerOrder->throwIfFailed(); }
   void abort() noexcept override { peerOrder->abort(); }
   void settle() override;
   void awaitStream() const;
+  void joinCaller(cudaStream_t callers);
 
   Context context(const CallOptions& call) {
     return {context_,
             {device, pool_, stream.get(), isCapturing(stream.get()), peerOrder->arguments(),
-             reporter_.notice(), flags_, packets_, nextChunk_.get(), pollInterrupt_, smsFor(call)}};
+             reporter_.notice(), reporter_.hostCounts(), flags_, packets_, nextChunk_.get(),
+             pollInterrupt_, smsFor(call)}};
   }
 
   /// The kernels of ranks that share the GPU wait for each other, and must all fit on it.
@@ -168,11 +175,21 @@ void CudaBackend::beginCall(const CallOptions& call) {
   if (call.previous) {
     call.previous->wait(commStream());
   } else {
-    orderStreams(handleOf(call.stream), stream.get());
+    joinCaller(handleOf(call.stream));
   }
   users.lookForCapture();
   if (!users.capturing()) buryDead();
   transport_->keepUnshared(users.capturing().has_value());
+}
+
+/// Orders the stream of operations behind the caller's, and with it what uses memory next.
+void CudaBackend::joinCaller(cudaStream_t callers) {
+  users.lookForCapture();
+  if (!users.capturing() && users.areOnly(callers)) {
+    arena_.freeDropped();
+    pool_.freeDropped();
+  }
+  orderStreams(callers, stream.get());
 }
 
 void CudaBackend::endCall(const CallOptions& call) {

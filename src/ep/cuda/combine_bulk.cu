@@ -67,14 +67,13 @@ void launch(const SumArguments& arguments, int numSms, cudaStream_t stream) {
   sum.context = describeSum(arguments);
   const std::int64_t sms = std::max(numSms, 1);
   sum.parts = cutIntoParts(arguments.numTokens, sum.context.rows.rowBytes, sms);
-  const std::int64_t room = deviceLimits().sharedBytes - kOtherSharedBytes;
+  const std::int64_t room = sharedBytesBeside<kOtherSharedBytes>();
   const auto numStages =
       static_cast<int>(std::min<std::int64_t>(room / sum.parts.partBytes / kPipes, kMostStages));
   const int bytes = kPipes * numStages * static_cast<int>(sum.parts.partBytes);
-  allowSharedBytes(bulkSumKernel<Element>, static_cast<int>(room));
   const auto blocks = static_cast<unsigned>(std::clamp<std::int64_t>(sum.parts.numItems, 1, sms));
   const int warps = kPipes * kPipeWarps + (arguments.outWeights != nullptr ? kWeightWarps : 0);
-  EP_LIST_KERNEL(bulkSumKernel<Element>);
+  EP_LIST_KERNEL(bulkSumKernel<Element>, sharedBytesBeside<kOtherSharedBytes>);
   bulkSumKernel<Element><<<blocks, warps * kWarpSize, bytes, stream>>>(sum, numStages);
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that sums rows");
 }

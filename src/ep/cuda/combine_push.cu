@@ -187,11 +187,10 @@ void launchBulk(const PushSumArguments& arguments, const PushSumShape& shape, cu
   all.push.context = describePush(arguments, rowBytes, shape.pushers, shape.blocks * kWeightWarps);
   all.push.pieceBytes = shape.pieceBytes;
   all.shape = shape;
-  const std::int64_t room = deviceLimits().sharedBytes - kOtherSharedBytes;
+  const std::int64_t room = sharedBytesBeside<kOtherSharedBytes>();
   all.sizes = ringSizes(room, all.sum.parts.partBytes, all.push.pieceBytes);
-  allowSharedBytes(bulkPushSumKernel<Element>, static_cast<int>(room));
   const int warps = kPipes * kPipeWarps + kPushWarps + (arguments.sum.topk > 0 ? kWeightWarps : 0);
-  EP_LIST_KERNEL(bulkPushSumKernel<Element>);
+  EP_LIST_KERNEL(bulkPushSumKernel<Element>, sharedBytesBeside<kOtherSharedBytes>);
   bulkPushSumKernel<Element>
       <<<static_cast<unsigned>(shape.blocks), warps * kWarpSize, static_cast<int>(room), stream>>>(
           all);

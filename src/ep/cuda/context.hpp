@@ -29,6 +29,7 @@ struct Movers {
   bool capturing;       ///< for a graph, instead of run
   const Order& order;
   Notice* notice;            ///< for what goes wrong on the GPU
+  std::int32_t* hostCounts;  ///< room for those of a dispatch that was planned; or null
   PeerMemory& flags;         ///< of rows that peers push here
   PeerMemory& packets;       ///< of counts
   std::uint64_t* nextChunk;  ///< in device memory, 0 between kernels

@@ -74,12 +74,14 @@ class RowMover {
   void copyLanded();
   void copyRows(const OutputColumn& output, std::int64_t rowBytes, std::int64_t begin,
                 std::int64_t end);
-  void storeCounts();
+  void writeCounts();
   void verifyRows(const Poison& results);
   std::shared_ptr<const HandleState> makeHandle();
 
   /// Whether the counts of this dispatch are not on the host, and have not been exchanged before.
   bool exchangesCounts() const { return request_.cached == nullptr && !request_.countsOnHost(); }
+  /// Whether they are on the host, and not on the GPU yet.
+  bool bringsCounts() const { return request_.cached == nullptr && request_.countsOnHost(); }
   /// Whether rows carry what they are checked by.
   bool checks() const { return context_.integrity && context_.size() > 1; }
   std::size_t numRanks() const { return targets_.size(); }
@@ -203,7 +205,7 @@ const std::vector<Message>& RowMover::publish() {
     outgoing.push_back(encode(publication));
   }
   return exchangePublications(context_, outgoing, "dispatch", [&] {
-    if (request_.cached == nullptr && request_.countsOnHost()) storeCounts();
+    if (bringsCounts()) writeCounts();
   });
 }
 
@@ -315,6 +317,11 @@ PushArguments RowMover::describeSending() {
   arguments.numTokens = request_.numTokens;
   arguments.numRanks = context_.size();
   arguments.rowAlignment = rowAlignment();
+  if (bringsCounts()) {
+    const std::int64_t first = map_.numRecv();
+    arguments.hostCounts = {context_.hostCounts + first, routing_.count(first),
+                            map_.size() - first};
+  }
   int next = 0;
   for (const Column column : {kTopkIdx, kSourceIndex}) {
     // What has landed is copied to the output, also if nothing has.
@@ -363,11 +370,12 @@ void RowMover::copyRows(const OutputColumn& output, std::int64_t rowBytes, std::
 }
 
 /// Those that the host knows, for the handle: but for the places at other ranks, which kernels look
-/// up only where the host does not know them.
-void RowMover::storeCounts() {
+/// up only where the host does not know them, and the counts of no channel, which are 0.
+void RowMover::writeCounts() {
   const auto ranks = static_cast<std::size_t>(context_.size());
   const auto self = static_cast<std::size_t>(context_.rank());
-  std::vector<std::int32_t> values(static_cast<std::size_t>(map_.size()));
+  const std::span values(context_.hostCounts, static_cast<std::size_t>(map_.size()));
+  std::ranges::fill(values, 0);
   const auto set = [&](std::int64_t at, std::size_t i, std::int64_t value) {
     values[static_cast<std::size_t>(at) + i] = static_cast<std::int32_t>(value);
   };
@@ -375,14 +383,12 @@ void RowMover::storeCounts() {
   for (std::size_t i = 0; i < ranks * ranks; ++i) set(map_.prefixMatrix(), i, -1);
   for (std::size_t r = 0; r < ranks; ++r) {
     set(map_.prefixMatrix(), r * ranks + self, plan_.firstRowFrom[r] + plan_.numRowsFrom[r]);
-    set(map_.sent(), r, request_.routing.plan->numRows[r]);
     set(map_.firstRowFrom(), r, plan_.firstRowFrom[r]);
     set(map_.numKeptFrom(), r, plan_.numKeptFrom()[r]);
   }
   for (std::size_t e = 0; e < plan_.perExpert.size(); ++e) {
     set(map_.perExpert(), e, plan_.perExpert[e]);
   }
-  storeValues(routing_.count(0), values.data(), map_.size(), context_.stream);
 }
 
 /// In the integrity mode, when all rows are where the caller reads them.

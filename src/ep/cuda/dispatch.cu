@@ -44,6 +44,10 @@ __device__ void pushSlice(const PushArguments& push, const SliceCursor& slice) {
 template <class Vector>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     pushKernel(const __grid_constant__ PushContext context) {
+  if (blockIdx.x == 0) {
+    bringCounts(context.push.hostCounts, static_cast<int>(threadIdx.x),
+                static_cast<int>(blockDim.x));
+  }
   bool fine = enterPeers(context.push.order);
   if (fine) {
     const int warps = static_cast<int>(gridDim.x * blockDim.x / kWarpSize);

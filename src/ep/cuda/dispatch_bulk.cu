@@ -268,6 +268,10 @@ constexpr float kColumnsLead = 0.8F;
 
 __device__ void writeColumns(const BulkContext& context, BlockState& state, int warp) {
   if (warp == 0) enter(context.push.order, state);
+  // Not by a warp that others wait for.
+  if (warp == kColumnWarps - 1 && blockIdx.x == 0) {
+    bringCounts(context.push.hostCounts, laneIndex(), kWarpSize);
+  }
   const float time = kColumnsLead * linkTime(context);
   if (!awaitEntry(state)) return;
   const std::uint64_t start = state.start;
@@ -312,10 +316,9 @@ constexpr std::int64_t kMostPartBytes = 16 << 10;
 constexpr std::int64_t kLinkBuffers = 2 << 20;
 constexpr std::int64_t kLeastMovers = 4;
 
-/// What a block can have of shared memory for buffers.
-std::int64_t bytesForBuffers() {
-  return deviceLimits().sharedBytes - roundUp(sizeof(BlockState), kPartGranule) - kPartGranule;
-}
+/// Shared memory that the kernel declares, and that aligning the buffers costs, at most.
+constexpr int kOtherSharedBytes =
+    static_cast<int>(roundUp(sizeof(BlockState), kPartGranule) + kPartGranule);
 
 /// What goes with a row.
 std::int64_t columnBytes(const PushArguments& arguments) {
@@ -337,8 +340,8 @@ BulkContext describe(const PushArguments& arguments, std::int64_t blocks) {
   context.numParts = divideUp(row, part);
   context.partBytes = static_cast<std::uint32_t>(part);
   context.lastPartBytes = static_cast<std::uint32_t>(row - (context.numParts - 1) * part);
-  context.numMovers =
-      static_cast<int>(std::min<std::int64_t>(bytesForBuffers() / part, kMostMovers));
+  context.numMovers = static_cast<int>(
+      std::min<std::int64_t>(sharedBytesBeside<kOtherSharedBytes>() / part, kMostMovers));
   if (arguments.order.linked && arguments.sent != nullptr) {
     context.crossTime =
         nanosecondsToCross(row + columnBytes(arguments), deviceLimits().computeCapability);
@@ -366,8 +369,7 @@ void pushRowsInBulk(const PushArguments& arguments, int numSms, cudaStream_t str
   const BulkContext context = describe(arguments, blocks);
   const int threads = (context.numMovers + kColumnWarps) * kWarpSize;
   const int bytes = context.numMovers * static_cast<int>(context.partBytes);
-  allowSharedBytes(pushInBulkKernel, static_cast<int>(bytesForBuffers()));
-  EP_LIST_KERNEL(pushInBulkKernel);
+  EP_LIST_KERNEL(pushInBulkKernel, sharedBytesBeside<kOtherSharedBytes>);
   pushInBulkKernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads),
                      static_cast<std::size_t>(bytes), stream>>>(context);
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that pushes rows");

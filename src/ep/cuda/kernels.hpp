@@ -73,6 +73,13 @@ struct Poison {
   std::int64_t numCounts = 0;
 };
 
+/// Counts that the host has found out, and that the kernel brings to the GPU.
+struct HostCounts {
+  const std::int32_t* from = nullptr;  ///< in host memory; null: there are none
+  std::int32_t* to = nullptr;
+  std::int64_t count = 0;
+};
+
 struct PushArguments {
   const std::byte* rows = nullptr;  ///< [T] of rowBytes
   std::int64_t rowBytes = 0;
@@ -87,6 +94,7 @@ struct PushArguments {
   int numRanks = 0;
   /// Bytes to which every row, here and at all targets, is aligned: 16, 8, 4, 2 or 1.
   int rowAlignment = 1;
+  HostCounts hostCounts;
   Poison poison;
   Order order;
 };
@@ -126,7 +134,6 @@ struct SumArguments {
 /// two biases. Weights likewise, without biases. Ends when all ranks have read this one's rows.
 void sumRows(const SumArguments& arguments, int numSms, cudaStream_t stream);
 
-struct PlanReport;
 struct Notice;
 
 struct CountArguments {
@@ -157,7 +164,7 @@ struct PlanArguments {
   std::int32_t* shownHead = nullptr;        ///< [T, R] once more
   std::uint8_t* shownInRank = nullptr;      ///< [T, R] a copy
   std::int32_t* scratch = nullptr;          ///< PlanReporter's; 0 between kernels
-  PlanReport* report = nullptr;             ///< for a host that waits; null: none does
+  std::uint64_t* report = nullptr;          ///< for a host that waits; null: none does
   Notice* notice = nullptr;                 ///< for a host that looks later
   std::uint64_t ticket = 0;
 };

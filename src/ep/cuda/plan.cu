@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Some blocks number the tokens of a chunk each. None waits for another: each counts the tokens
 // before its chunk itself, which takes less time than to be told, as that is a byte a token and
-// rank. Other blocks count the choices. The host is told when the counts are known, while ordinals
-// are still being written.
+// rank. Other blocks count the choices. The host is told the counts that the caller has given at
+// once, and whether they are right when that is known, while ordinals are still being written.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -35,12 +35,15 @@ constexpr std::int64_t kLeastChunkTokens = 256;
 /// Groups of a warp's tokens that a block numbers at a time; fewer with many ranks.
 constexpr int kMostGroups = 32;
 constexpr int kMostMasks = 4096;
+/// Shared memory that the kernel declares, at most.
+constexpr int kDeclaredBytes = 4096;
 /// Experts whose counts a block keeps in shared memory.
 constexpr std::int64_t kMostSharedExperts = 4096;
 
 struct PlanContext {
   PlanArguments plan;
   std::int64_t chunkTokens = 0;  ///< a multiple of kWarpSize
+  unsigned numReporters = 0;     ///< 1 if a host waits
   unsigned numChunks = 1;
   unsigned numCounters = 0;
   int numThreads = kMostThreads;  ///< of a block
@@ -66,25 +69,65 @@ __device__ std::int64_t idAt(const TopkArrays& topk, std::int64_t place) {
                    : static_cast<const std::int32_t*>(topk.ids)[place];
 }
 
-/// For a host that waits: all counts, those given and those found. Threads from both ends, and one
-/// in the middle, so that most wait for memory once.
-__device__ void writeReport(const PlanArguments& plan, const Scratch& scratch) {
-  auto* out = reinterpret_cast<std::int32_t*>(plan.report + 1);
+/// The first id that is out of range.
+struct BadId {
+  std::int64_t place = -1;  ///< none
+  std::int64_t id = 0;
+
+  __device__ BadId(const PlanArguments& plan, const Scratch& scratch) {
+    const unsigned long long bad = *scratch.badPlace;
+    if (bad == 0) return;
+    place = static_cast<std::int64_t>(~bad);
+    id = idAt(plan.topk, place);
+  }
+};
+
+/// For a host that waits.
+class Report {
+ public:
+  __device__ explicit Report(const PlanArguments& plan) : plan_(plan) {}
+
+  __device__ void write(std::int64_t at, std::int32_t value) const {
+    storeRelaxed(plan_.report + at, packSignal(static_cast<std::uint32_t>(value), plan_.ticket));
+  }
+  __device__ void writeLong(std::int64_t at, std::int64_t value) const {
+    write(at, static_cast<std::int32_t>(value));
+    write(at + 1, static_cast<std::int32_t>(value >> 32));
+  }
+
+ private:
+  const PlanArguments& plan_;
+};
+
+/// A value of each rank and of each expert. Threads from both ends, so that most wait for memory
+/// once.
+__device__ void writeCounts(const PlanArguments& plan, std::int64_t rankPlace,
+                            const std::int32_t* ofRanks, std::int64_t expertPlace,
+                            const std::int32_t* ofExperts) {
+  const Report report(plan);
   for (int i = numThreads() - 1 - static_cast<int>(threadIdx.x); i < plan.numRanks;
        i += numThreads()) {
-    out[i] = plan.sent[i];
-    out[plan.numRanks + i] = plan.perRank[i];
+    report.write(rankPlace + i, ofRanks[i]);
   }
-  out += 2 * plan.numRanks;
   for (std::int64_t i = threadIdx.x; i < plan.placement.numExperts; i += numThreads()) {
-    out[i] = plan.perExpert[i];
-    out[plan.placement.numExperts + i] = scratch.choices[i];
+    report.write(expertPlace + i, ofExperts[i]);
   }
+}
+
+/// What the host can go on with.
+__device__ void reportGiven(const PlanArguments& plan) {
+  const ReportMap map(plan.numRanks, plan.placement.numExperts);
+  writeCounts(plan, map.perRank(), plan.perRank, map.perExpert(), plan.perExpert);
+}
+
+__device__ void reportFindings(const PlanArguments& plan, const Scratch& scratch) {
+  const ReportMap map(plan.numRanks, plan.placement.numExperts);
+  const Report report(plan);
+  writeCounts(plan, map.sent(), plan.sent, map.choices(), scratch.choices);
   if (threadIdx.x == blockDim.x / 2) {
-    const unsigned long long bad = *scratch.badPlace;
-    const auto place = static_cast<std::int64_t>(~bad);
-    plan.report->badPlace = bad == 0 ? -1 : place;
-    plan.report->badId = bad == 0 ? 0 : idAt(plan.topk, place);
+    const BadId bad(plan, scratch);
+    report.writeLong(map.badPlace(), bad.place + 1);
+    report.writeLong(map.badId(), bad.id);
   }
 }
 
@@ -100,10 +143,10 @@ __device__ void writeNotice(const PlanArguments& plan, const Scratch& scratch) {
   differ = __syncthreads_or(differ) != 0;
   if (threadIdx.x != 0) return;
   // With ids out of range counts differ in any case.
-  if (*scratch.badPlace != 0) {
-    const std::int64_t place = static_cast<std::int64_t>(~*scratch.badPlace);
-    plan.notice->badId = idAt(plan.topk, place);
-    plan.notice->badPlace = place;
+  const BadId bad(plan, scratch);
+  if (bad.place >= 0) {
+    plan.notice->badId = bad.id;
+    plan.notice->badPlace = bad.place;
   } else if (differ) {
     plan.notice->countsDiffer = 1;
   }
@@ -111,10 +154,9 @@ __device__ void writeNotice(const PlanArguments& plan, const Scratch& scratch) {
 
 /// Once all is counted: tells the host, and leaves the scratch as it was.
 __device__ void finish(const PlanArguments& plan, const Scratch& scratch) {
-  plan.report != nullptr ? writeReport(plan, scratch) : writeNotice(plan, scratch);
+  plan.report != nullptr ? reportFindings(plan, scratch) : writeNotice(plan, scratch);
   __syncthreads();
   if (threadIdx.x == 0) {
-    if (plan.report != nullptr) storeRelease(&plan.report->ticket, plan.ticket);
     *scratch.badPlace = 0;
     *scratch.blocksDone = 0;
   }
@@ -267,13 +309,15 @@ __global__ void __launch_bounds__(kMostThreads)
     planKernel(const __grid_constant__ PlanContext context) {
   extern __shared__ std::int32_t sharedWords[];
   const Scratch scratch(context.plan.scratch);
-  if (blockIdx.x < context.numCounters) {
-    context.plan.topk.wide ? countInBlock<std::int64_t>(context, scratch, sharedWords, blockIdx.x)
-                           : countInBlock<std::int32_t>(context, scratch, sharedWords, blockIdx.x);
+  if (blockIdx.x < context.numReporters) return reportGiven(context.plan);
+  const unsigned block = blockIdx.x - context.numReporters;
+  if (block < context.numCounters) {
+    context.plan.topk.wide ? countInBlock<std::int64_t>(context, scratch, sharedWords, block)
+                           : countInBlock<std::int32_t>(context, scratch, sharedWords, block);
     finishIfLast(context, scratch);
   } else {
     // The last chunk first: the host waits for it.
-    const unsigned turn = blockIdx.x - context.numCounters;
+    const unsigned turn = block - context.numCounters;
     numberChunk(context, scratch, sharedWords, context.numChunks - 1 - turn);
   }
 }
@@ -281,6 +325,7 @@ __global__ void __launch_bounds__(kMostThreads)
 PlanContext describe(const PlanArguments& arguments) {
   PlanContext context;
   context.plan = arguments;
+  context.numReporters = arguments.report != nullptr ? 1 : 0;
   const std::int64_t tokens = arguments.numTokens;
   context.numThreads = tokens <= kManyTokens ? kFewThreads : kMostThreads;
   const int ranks = arguments.numRanks;
@@ -312,15 +357,10 @@ std::size_t sharedBytes(const PlanContext& context) {
 void planDispatch(const PlanArguments& arguments, cudaStream_t stream) {
   const PlanContext context = describe(arguments);
   const std::size_t bytes = sharedBytes(context);
-  // What a kernel can have without being allowed to, and more than it declares.
-  constexpr std::size_t kPlainBytes = 48 << 10;
-  constexpr int kOtherSharedBytes = 4096;
-  if (bytes > kPlainBytes) {
-    allowSharedBytes(planKernel, deviceLimits().sharedBytes - kOtherSharedBytes);
-  }
-  EP_LIST_KERNEL(planKernel);
-  planKernel<<<context.numCounters + context.numChunks, static_cast<unsigned>(context.numThreads),
-               bytes, stream>>>(context);
+  // With any number of ranks that is within what kernels may have.
+  EP_LIST_KERNEL(planKernel, sharedBytesBeside<kDeclaredBytes>);
+  planKernel<<<context.numReporters + context.numCounters + context.numChunks,
+               static_cast<unsigned>(context.numThreads), bytes, stream>>>(context);
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that plans a dispatch");
 }
 

@@ -12,18 +12,36 @@
 
 namespace mscclpp_ep::cuda {
 
-/// In host memory, in front of sent[R], perRank[R], perExpert[E] and choices[E] (int32).
-struct PlanReport {
-  std::uint64_t ticket = 0;    ///< written last: the plan's number
-  std::int64_t badPlace = -1;  ///< in topk_idx, of the first id out of range; -1: none
-  std::int64_t badId = 0;
+/// Where things are in a report to a host that waits for it. It is words of {value, tag of the
+/// plan's number}: they come in any order, and none has to wait for another. First what the caller
+/// has given, which comes at once, so that the host can go on; then whether it is right.
+class ReportMap {
+ public:
+  __host__ __device__ ReportMap(int numRanks, std::int64_t numExperts)
+      : ranks_(numRanks), experts_(numExperts) {}
 
-  std::int32_t* counts() { return reinterpret_cast<std::int32_t*>(this + 1); }
+  /// [R] and [E], as given.
+  __host__ __device__ std::int64_t perRank() const { return 0; }
+  __host__ __device__ std::int64_t perExpert() const { return perRank() + ranks_; }
+  /// From here on, what was found.
+  __host__ __device__ std::int64_t findings() const { return perExpert() + experts_; }
+  // Of the first id that is out of range, in two halves each, the lower one first.
+  /// One more than where it is in topk_idx; 0: there is none.
+  __host__ __device__ std::int64_t badPlace() const { return findings(); }
+  __host__ __device__ std::int64_t badId() const { return badPlace() + 2; }
+  /// [R] and [E]; the latter mean nothing without top-k.
+  __host__ __device__ std::int64_t sent() const { return badId() + 2; }
+  __host__ __device__ std::int64_t choices() const { return sent() + ranks_; }
+  __host__ __device__ std::int64_t size() const { return choices() + experts_; }
+
+ private:
+  std::int64_t ranks_;
+  std::int64_t experts_;
 };
 
 /// What the GPU noticed that no call waited for; in host memory. The first of each kind is kept.
 struct Notice {
-  std::int64_t badPlace = -1;  ///< as in PlanReport
+  std::int64_t badPlace = -1;  ///< in topk_idx, of the first id out of range; -1: none
   std::int64_t badId = 0;
   std::uint32_t countsDiffer = 0;  ///< those given from those of the routing
   std::uint32_t dropped = 0;       ///< rows did not fit num_worst_tokens, of this operation
@@ -31,40 +49,57 @@ struct Notice {
   std::int64_t numRows = 0;
 };
 
-/// The memory that the plans of one buffer work with.
+/// The memory that the plans of one buffer work with. The host writes counts in turn with the
+/// kernels that read them: it waits for a plan first, which comes after them on the stream.
 class PlanReporter {
  public:
-  /// Makes it large enough for so many.
-  void reserve(int numRanks, std::int64_t numExperts) {
-    const auto wanted = static_cast<std::size_t>(numRanks + numExperts);
-    if (!rooms_.empty() && wanted <= rooms_.back()->wanted) return;
+  /// Makes it large enough for so many, of a dispatch with so many counts in all.
+  void reserve(int numRanks, std::int64_t numExperts, std::int64_t numCounts) {
+    const ReportMap map(numRanks, numExperts);
+    const Sizes wanted{static_cast<std::size_t>(map.size()), static_cast<std::size_t>(numCounts),
+                       static_cast<std::size_t>(numExperts) + kScratchHead};
+    if (!rooms_.empty() && rooms_.back()->sizes.hold(wanted)) return;
     rooms_.push_back(std::make_unique<Room>(wanted));
     doNow([&](cudaStream_t stream) {
-      EP_CUDA_TRY(
-          cudaMemsetAsync(scratch(), 0, Room::scratchCount(wanted) * sizeof(std::int32_t), stream),
-          "cannot clear memory");
+      EP_CUDA_TRY(cudaMemsetAsync(scratch(), 0, wanted.scratch * sizeof(std::int32_t), stream),
+                  "cannot clear memory");
     });
   }
 
-  PlanReport* report() const { return reinterpret_cast<PlanReport*>(rooms_.back()->report.get()); }
+  std::uint64_t* report() const { return rooms_.back()->report.get(); }
   Notice* notice() const { return notice_.get(); }
+  /// Those of a dispatch, for pushRows(); null if none was planned.
+  std::int32_t* hostCounts() const {
+    return rooms_.empty() ? nullptr : rooms_.back()->hostCounts.get();
+  }
   std::int32_t* scratch() const { return rooms_.back()->scratch.get(); }
+  /// Of the last plan.
+  std::uint64_t ticket() const { return ticket_; }
   std::uint64_t nextTicket() { return ++ticket_; }
 
   /// Words of the scratch before the counts of choices: blocks done, and a place in 64 bits.
   static constexpr std::size_t kScratchHead = 4;
 
  private:
-  struct Room {
-    explicit Room(std::size_t count)
-        : wanted(count), report(reportWords(count)), scratch(scratchCount(count)) {}
-    static std::size_t reportWords(std::size_t count) {
-      return (sizeof(PlanReport) + 2 * count * sizeof(std::int32_t)) / sizeof(std::uint64_t) + 1;
-    }
-    static std::size_t scratchCount(std::size_t count) { return count + kScratchHead; }
+  struct Sizes {
+    std::size_t report;
+    std::size_t hostCounts;
+    std::size_t scratch;
 
-    std::size_t wanted;
+    bool hold(const Sizes& other) const {
+      return report >= other.report && hostCounts >= other.hostCounts && scratch >= other.scratch;
+    }
+  };
+  struct Room {
+    explicit Room(const Sizes& wanted)
+        : sizes(wanted),
+          report(wanted.report),
+          hostCounts(wanted.hostCounts),
+          scratch(wanted.scratch) {}
+
+    Sizes sizes;
     Mapped<std::uint64_t> report;
+    Mapped<std::int32_t> hostCounts;
     DeviceArray<std::int32_t> scratch;
   };
 

@@ -121,6 +121,8 @@ std::shared_ptr<std::byte> DevicePool::allocate(std::size_t bytes) {
           [shelves = shelves_, size](std::byte* block) { shelves->returned.add({size, block}); }};
 }
 
+void DevicePool::freeDropped() { shelves_->returned.freeDropped(); }
+
 std::int64_t DevicePool::bytes() const {
   const std::lock_guard lock(shelves_->mutex);
   return shelves_->bytes;

@@ -77,6 +77,8 @@ class DevicePool {
   /// At least `bytes`, aligned to 256. It may outlive the pool, and any thread may drop it.
   /// Throws SystemError if there is not enough memory.
   std::shared_ptr<std::byte> allocate(std::size_t bytes);
+  /// As ReturnedBlocks::freeDropped().
+  void freeDropped();
 
   /// In use or kept.
   std::int64_t bytes() const;

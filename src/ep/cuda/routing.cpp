@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "cuda/routing.hpp"
 
-#include <span>
+#include <algorithm>
 #include <thread>
 #include <utility>
 
@@ -50,10 +50,51 @@ void requireNoFailure(cudaStream_t stream) {
   (void)isDone(cudaStreamQuery(stream), "what came before a dispatch failed");
 }
 
-/// Waits until the GPU has written the report of a plan. What comes before it on the caller's
+/// What the GPU tells of the last plan.
+class PlanReport {
+ public:
+  PlanReport(const PlanReporter& reporter, int numRanks, std::int64_t numExperts)
+      : words_(reporter.report()),
+        map_(numRanks, numExperts),
+        tag_(static_cast<std::uint32_t>(reporter.ticket())) {}
+
+  const ReportMap& map() const { return map_; }
+  /// Whether all before a place has come.
+  bool complete(std::int64_t end) {
+    while (known_ < end && signalTag(acquire(words_[known_])) == tag_) ++known_;
+    return known_ == end;
+  }
+  std::int32_t at(std::int64_t place) const {
+    return static_cast<std::int32_t>(signalValue(words_[place]));
+  }
+  std::int64_t longAt(std::int64_t place) const {
+    return static_cast<std::int64_t>(std::uint64_t{signalValue(words_[place + 1])} << 32 |
+                                     signalValue(words_[place]));
+  }
+  bool equal(std::int64_t some, std::int64_t others, std::int64_t count) const {
+    std::int64_t i = 0;
+    while (i < count && at(some + i) == at(others + i)) ++i;
+    return i == count;
+  }
+  template <typename T>
+  std::vector<T> counts(std::int64_t place, std::int64_t end) const {
+    std::vector<T> values;
+    values.reserve(static_cast<std::size_t>(end - place));
+    for (; place < end; ++place) values.push_back(at(place));
+    return values;
+  }
+
+ private:
+  const std::uint64_t* words_;
+  ReportMap map_;
+  std::int64_t known_ = 0;
+  std::uint32_t tag_;
+};
+
+/// Waits until the GPU has written what is before a place. What comes before that on the caller's
 /// stream may take any time, so only an error or the user ends this.
-void awaitReport(const Context& context, const PlanReport& report, std::uint64_t ticket) {
-  const auto ready = [&] { return acquire(report.ticket) == ticket; };
+void awaitReport(const Context& context, PlanReport& report, std::int64_t end) {
+  const auto ready = [&] { return report.complete(end); };
   if (spinUntil(ready, kSpin)) return;
   auto lookAgain = std::chrono::steady_clock::now() + kInterruptPeriod;
   while (!ready()) {
@@ -66,26 +107,71 @@ void awaitReport(const Context& context, const PlanReport& report, std::uint64_t
   }
 }
 
-template <typename T>
-std::vector<T> takeCounts(const std::int32_t*& counts, std::int64_t count) {
-  std::vector<T> values(counts, counts + count);
-  counts += count;
-  return values;
+/// Throws InvalidArgument if what the caller gave is not what was found.
+void requireAgreement(const Context& context, const PlanReport& report,
+                      const DispatchRequest& request) {
+  const ReportMap& map = report.map();
+  const std::int64_t experts = request.placement->numExperts();
+  const TensorView& topkIdx = request.inputs.topkIdx;
+  if (const std::int64_t bad = report.longAt(map.badPlace()); bad != 0) {
+    throwBadId(bad - 1, topkIdx.shape[1], report.longAt(map.badId()), experts);
+  }
+  if (report.equal(map.perRank(), map.sent(), context.size()) &&
+      (!topkIdx || report.equal(map.perExpert(), map.choices(), experts))) {
+    return;
+  }
+  Routing found;
+  SendPlan plan;
+  plan.numRows = report.counts<std::int64_t>(map.sent(), map.choices());
+  found.plan = std::make_shared<const SendPlan>(std::move(plan));
+  if (topkIdx) found.choices = report.counts<std::int64_t>(map.choices(), map.size());
+  found.perRank = report.counts<std::int32_t>(map.perRank(), map.perExpert());
+  found.perExpert = report.counts<std::int32_t>(map.perExpert(), map.findings());
+  checkCounts(found);
 }
 
-void readReport(PlanReport& report, const DispatchRequest& request, int numRanks,
-                Routing& routing) {
-  const std::int64_t experts = request.placement->numExperts();
-  if (report.badPlace >= 0) {
-    throwBadId(report.badPlace, request.inputs.topkIdx.shape[1], report.badId, experts);
-  }
-  const std::int32_t* counts = report.counts();
-  auto plan = std::make_shared<SendPlan>();
-  plan->numRows = takeCounts<std::int64_t>(counts, numRanks);
-  routing.plan = std::move(plan);
-  routing.perRank = takeCounts<std::int32_t>(counts, numRanks);
-  routing.perExpert = takeCounts<std::int32_t>(counts, experts);
-  if (request.inputs.topkIdx) routing.choices = takeCounts<std::int64_t>(counts, experts);
+/// Whether the other ranks can be told the counts before it is known whether they are right.
+bool plausible(const DispatchRequest& request) {
+  const std::vector<std::int64_t>& perRank = request.routing.plan->numRows;
+  const std::vector<std::int32_t>& perExpert = request.routing.perExpert;
+  return std::ranges::all_of(
+             perRank, [&](std::int64_t rows) { return rows >= 0 && rows <= request.numTokens; }) &&
+         std::ranges::all_of(perExpert, [](std::int32_t count) { return count >= 0; });
+}
+
+void launchPlan(const Context& context, PlanReporter& reporter, const PlacementArrays& placement,
+                const DispatchRequest& request, const DeviceRouting& routing, bool hostWaits) {
+  const CountsMap map(context.size(), routing.numLocalExperts);
+  reporter.reserve(context.size(), placement.numExperts, map.size());
+  PlanArguments plan;
+  plan.inRank = static_cast<const std::uint8_t*>(request.inputs.isTokenInRank.data);
+  plan.numTokens = request.numTokens;
+  plan.numRanks = context.size();
+  plan.topk = topkOf(request.inputs);
+  plan.placement = placement;
+  plan.perRank = static_cast<const std::int32_t*>(request.inputs.numTokensPerRank.data);
+  plan.perExpert = static_cast<const std::int32_t*>(request.inputs.numTokensPerExpert.data);
+  plan.head = routing.head;
+  plan.sent = routing.count(map.sent());
+  plan.shownHead = static_cast<std::int32_t*>(routing.shownHead.view.data);
+  plan.shownInRank = static_cast<std::uint8_t*>(routing.shownInRank.view.data);
+  plan.scratch = reporter.scratch();
+  plan.report = hostWaits ? reporter.report() : nullptr;
+  plan.notice = reporter.notice();
+  plan.ticket = reporter.nextTicket();
+  planDispatch(plan, context.stream);
+}
+
+/// Waits for the counts as the caller has given them.
+void takeGiven(const Context& context, const PlanReporter& reporter, DispatchRequest& request) {
+  PlanReport report(reporter, context.size(), request.placement->numExperts());
+  const ReportMap& map = report.map();
+  awaitReport(context, report, map.findings());
+  SendPlan plan;
+  plan.numRows = report.counts<std::int64_t>(map.perRank(), map.perExpert());
+  request.routing.plan = std::make_shared<const SendPlan>(std::move(plan));
+  request.routing.perExpert = report.counts<std::int32_t>(map.perExpert(), map.findings());
+  if (!plausible(request)) verifyRouting(context, reporter, request);
 }
 
 }  // namespace
@@ -103,28 +189,16 @@ void examineRouting(Context& context, PlanReporter& reporter, const PlacementArr
              "num_worst_tokens is 0, so that the host would wait for counts, which it cannot while "
              "a graph is captured; give num_worst_tokens, or a handle");
   const auto routing = makeRouting(context, request);
-  reporter.reserve(context.size(), placement.numExperts);
-  PlanArguments plan;
-  plan.inRank = static_cast<const std::uint8_t*>(request.inputs.isTokenInRank.data);
-  plan.numTokens = request.numTokens;
-  plan.numRanks = context.size();
-  plan.topk = topkOf(request.inputs);
-  plan.placement = placement;
-  plan.perRank = static_cast<const std::int32_t*>(request.inputs.numTokensPerRank.data);
-  plan.perExpert = static_cast<const std::int32_t*>(request.inputs.numTokensPerExpert.data);
-  plan.head = routing->head;
-  plan.sent = routing->count(CountsMap(context.size(), routing->numLocalExperts).sent());
-  plan.shownHead = static_cast<std::int32_t*>(routing->shownHead.view.data);
-  plan.shownInRank = static_cast<std::uint8_t*>(routing->shownInRank.view.data);
-  plan.scratch = reporter.scratch();
-  plan.report = hostWaits ? reporter.report() : nullptr;
-  plan.notice = reporter.notice();
-  plan.ticket = reporter.nextTicket();
-  planDispatch(plan, context.stream);
+  launchPlan(context, reporter, placement, request, *routing, hostWaits);
   request.routing.onGpu = routing;
-  if (!hostWaits) return;
-  awaitReport(context, *reporter.report(), plan.ticket);
-  readReport(*reporter.report(), request, context.size(), request.routing);
+  if (hostWaits) takeGiven(context, reporter, request);
+}
+
+void verifyRouting(const Context& context, const PlanReporter& reporter,
+                   const DispatchRequest& request) {
+  PlanReport report(reporter, context.size(), request.placement->numExperts());
+  awaitReport(context, report, report.map().size());
+  requireAgreement(context, report, request);
 }
 
 HandleFields makeFields(const Context& context, const DeviceRouting& routing) {

@@ -20,10 +20,11 @@ class CountsMap {
   CountsMap(int numRanks, std::int64_t numLocalExperts)
       : ranks_(numRanks), experts_(numLocalExperts) {}
 
-  std::int64_t numRecv() const { return 0; }
-  std::int64_t prefixMatrix() const { return 1; }
-  std::int64_t sent() const { return prefixMatrix() + ranks_ * ranks_; }
-  std::int64_t channelPrefix() const { return sent() + ranks_; }
+  std::int64_t sent() const { return 0; }
+  /// From here on, what the plan of this rank does not know yet.
+  std::int64_t numRecv() const { return sent() + ranks_; }
+  std::int64_t prefixMatrix() const { return numRecv() + 1; }
+  std::int64_t channelPrefix() const { return prefixMatrix() + ranks_ * ranks_; }
   std::int64_t perExpert() const { return channelPrefix() + ranks_; }
   // The handle does not show these.
   /// Row of this rank's first token at each receiver.
@@ -54,10 +55,13 @@ inline const DeviceRouting& deviceRouting(const std::shared_ptr<const void>& onG
   return *static_cast<const DeviceRouting*>(onGpu.get());
 }
 
-/// Finds out where the tokens of a dispatch go. Waits for the counts, unless the request has
-/// num_worst_tokens.
+/// Lets the GPU find out where the tokens of a dispatch go. Waits for the counts as the caller has
+/// given them, unless the request has num_worst_tokens.
 void examineRouting(Context& context, PlanReporter& reporter, const PlacementArrays& placement,
                     DispatchRequest& request);
+/// Throws InvalidArgument if these counts, or ids, turned out to be wrong.
+void verifyRouting(const Context& context, const PlanReporter& reporter,
+                   const DispatchRequest& request);
 
 TopkArrays topkOf(const DispatchInputs& inputs);
 

@@ -83,6 +83,10 @@ class UserStreams {
   void lookForCapture();
   /// The stream by which that is so; none: no graph is captured.
   std::optional<cudaStream_t> capturing() const { return capturing_; }
+  /// Whether only the stream of operations and this one use memory.
+  bool areOnly(cudaStream_t stream) const {
+    return users_.empty() || (users_.size() == 1 && *users_.begin() == stream);
+  }
   /// Whether one ever was: it may be running now, on any stream.
   bool everCaptured() const { return everCaptured_; }
 

@@ -34,6 +34,8 @@ class Arena {
   /// A block, of a new segment if none is free. Nothing if the limit, the machine's memory or
   /// freeze() forbid that. Any thread may drop a block, which may outlive the arena.
   std::optional<ArenaBlock> allocate(std::size_t bytes);
+  /// As ReturnedBlocks::freeDropped().
+  void freeDropped() { returned_->freeDropped(); }
 
   /// The landing block, which is not for results: it is made, and made larger, when first needed.
   /// Its content lives until the next call. Throws InvalidArgument if it would exceed the

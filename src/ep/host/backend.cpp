@@ -99,7 +99,7 @@ std::unique_ptr<PendingState> HostBackend::beginDispatch(DispatchRequest request
     beginEpoch(what);
     auto pending = std::make_unique<HostPending>();
     pending->finished = true;  // until the counts are exchanged there is nothing to abandon
-    pending->plan = exchangeCounts(context_, request);
+    pending->plan = enterDispatch(request);
     pending->backend = weak_from_this();
     pending->bufferId = context_.bufferId;
     pending->numRows = pending->plan.numRows;
@@ -115,11 +115,36 @@ std::unique_ptr<PendingState> HostBackend::beginDispatch(DispatchRequest request
   });
 }
 
+DispatchPlan HostBackend::enterDispatch(const DispatchRequest& request) {
+  try {
+    return exchangeCounts(context_, request);
+  } catch (const OperationRefused&) {
+    // Whatever others have done wrong, a rank is told its own mistake.
+    try {
+      requireSound(request);
+    } catch (const InvalidArgument&) {
+      throw OperationRefused{std::current_exception()};
+    }
+    throw;
+  }
+}
+
+/// The others hear of it when they are to be told where rows go.
+void HostBackend::refuseUnsound(const DispatchRequest& request) {
+  try {
+    requireSound(request);
+  } catch (const InvalidArgument& error) {
+    abandonRows(context_, Verdict::rejected, error.what());
+    throw OperationRefused{std::current_exception()};
+  }
+}
+
 DispatchHandle HostBackend::finishDispatch(PendingState& state, const DispatchOutputs& outputs) {
   auto& pending = static_cast<HostPending&>(state);
   pending.finished = true;
   begun_ = false;
   return run("dispatch", [&] {
+    refuseUnsound(pending.request);
     DispatchHandle handle(moveRows(pending.request, pending.plan, outputs));
     reportDropped(pending.plan);
     return handle;

@@ -58,6 +58,9 @@ class HostBackend : public Backend, public std::enable_shared_from_this<HostBack
   virtual std::shared_ptr<std::byte> allocateOrdinary(std::size_t bytes, Stream stream) = 0;
   virtual std::int64_t ordinaryBytes() = 0;
 
+  /// Throws InvalidArgument if a dispatch is refused after all: what its arguments say was not all
+  /// known when it began.
+  virtual void requireSound(const DispatchRequest&) {}
   /// Throws what went wrong behind the host's back since it looked last.
   virtual void notice() {}
   /// Ends waits that are behind the host's back: the buffer has failed.
@@ -102,6 +105,8 @@ class HostBackend : public Backend, public std::enable_shared_from_this<HostBack
   };
 
   void fail(std::string why);
+  DispatchPlan enterDispatch(const DispatchRequest& request);
+  void refuseUnsound(const DispatchRequest& request);
   void reportDropped(const DispatchPlan& plan);
 
   std::uint64_t nextEpoch_;

@@ -36,6 +36,13 @@ class ReturnedBlocks {
     dropped_.push_back(std::move(block));
   }
 
+  /// Makes those that were dropped free: whoever is next to use them comes after all that has.
+  void freeDropped() {
+    const std::lock_guard lock(mutex_);
+    free_.insert(free_.end(), dropped_.begin(), dropped_.end());
+    dropped_.clear();
+  }
+
   /// Those that nobody uses any more; without `makeFence`, all.
   std::vector<Block> collect(const MakeFence& makeFence) {
     const std::lock_guard lock(mutex_);

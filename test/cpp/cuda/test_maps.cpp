@@ -29,11 +29,25 @@ TEST_CASE("counts of a dispatch do not overlap") {
   for (const int ranks : {1, 2, 8}) {
     for (const std::int64_t experts : {0, 1, 128}) {
       const CountsMap map(ranks, experts);
-      const std::int64_t starts[] = {map.numRecv(),       map.prefixMatrix(), map.sent(),
-                                     map.channelPrefix(), map.perExpert(),    map.firstRows(),
-                                     map.firstRowFrom(),  map.numKeptFrom(),  map.size()};
-      const std::int64_t sizes[] = {1, ranks * ranks, ranks, ranks, experts, ranks, ranks, ranks};
+      const std::int64_t starts[] = {map.sent(),          map.numRecv(),     map.prefixMatrix(),
+                                     map.channelPrefix(), map.perExpert(),   map.firstRows(),
+                                     map.firstRowFrom(),  map.numKeptFrom(), map.size()};
+      const std::int64_t sizes[] = {ranks, 1, ranks * ranks, ranks, experts, ranks, ranks, ranks};
       for (int i = 0; i < 8; ++i) CHECK(starts[i] + sizes[i] == starts[i + 1]);
+    }
+  }
+}
+
+TEST_CASE("parts of a plan's report do not overlap") {
+  for (const int ranks : {1, 2, 64}) {
+    for (const std::int64_t experts : {0, 1, 256}) {
+      const ReportMap map(ranks, experts);
+      const std::int64_t starts[] = {map.perRank(), map.perExpert(), map.badPlace(), map.badId(),
+                                     map.sent(),    map.choices(),   map.size()};
+      const std::int64_t sizes[] = {ranks, experts, 2, 2, ranks, experts};
+      CHECK(starts[0] == 0);
+      CHECK(map.findings() == map.badPlace());
+      for (int i = 0; i < 6; ++i) CHECK(starts[i] + sizes[i] == starts[i + 1]);
     }
   }
 }

@@ -48,6 +48,12 @@ inline const DeviceLimits& deviceLimits() {
   return all[static_cast<std::size_t>(device)];
 }
 
+/// What a block can have of shared memory on the current GPU, beside so much that it declares.
+template <int kDeclaredBytes>
+int sharedBytesBeside() {
+  return deviceLimits().sharedBytes - kDeclaredBytes;
+}
+
 /// Whether the code is compiled for chips with bulk copies: the newest of them that a GPU can run
 /// is the one that it runs.
 inline constexpr bool kHasBulkCopies = std::max({__CUDA_ARCH_LIST__}) >= 900;
@@ -60,15 +66,6 @@ inline bool canCopyInBulk() {
   // The kernels are made for the shared memory of data-centre chips; some others have half of it.
   constexpr int kLeastSharedBytes = 200 << 10;
   return deviceLimits().computeCapability >= 90 && deviceLimits().sharedBytes >= kLeastSharedBytes;
-}
-
-/// Lets a kernel ask for up to so much shared memory beyond what it declares. The limit is the
-/// kernel's, whatever thread or graph launches it: it must not depend on what one launch needs.
-template <class Kernel>
-void allowSharedBytes(Kernel* kernel, int bytes) {
-  EP_CUDA_TRY(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-              "a kernel cannot have ", bytes, " bytes of shared memory");
 }
 
 }  // namespace mscclpp_ep::cuda

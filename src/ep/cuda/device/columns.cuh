@@ -197,6 +197,27 @@ __device__ __forceinline__ void pushColumns(const PushArguments& push, int warp,
   }
 }
 
+/// Called by some threads, of which this is one of `numThreads`. Each waits for the host's memory
+/// once for several counts.
+__device__ inline void bringCounts(const HostCounts& counts, int thread, int numThreads) {
+  constexpr int kAhead = 4;
+  if (counts.from == nullptr) return;
+  const auto* from = reinterpret_cast<const volatile std::int32_t*>(counts.from);
+  for (std::int64_t first = thread; first < counts.count; first += kAhead * numThreads) {
+    std::int32_t values[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const std::int64_t at = first + i * numThreads;
+      values[i] = at < counts.count ? from[at] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const std::int64_t at = first + i * numThreads;
+      if (at < counts.count) counts.to[at] = values[i];
+    }
+  }
+}
+
 /// Marks results as those of an operation that failed.
 __device__ inline void poison(const Poison& results) {
   for (int i = 0; i < Poison::kMost; ++i) {
