@@ -368,11 +368,24 @@ class Buffer(LowLatencyMethods):
             return framework, views, alignment, worst, ordering
 
         framework, views, alignment, worst, ordering = self._or_refuse(operation, convert)
-        outputs, finished, counts = (
-            self._core.dispatch(*views, alignment, worst, ordering)
-            if handle is None
-            else self._core.cached_dispatch(views[0], views[1], handle.core, ordering)
-        )
+        rows_view, scales_view, in_rank, per_rank, per_expert, idx, weights = views
+        if handle is None:
+            outputs, finished, counts = self._core.dispatch(
+                rows_view,
+                scales_view,
+                in_rank,
+                per_rank,
+                per_expert,
+                idx,
+                weights,
+                alignment,
+                worst,
+                ordering,
+            )
+        else:
+            outputs, finished, counts = self._core.cached_dispatch(
+                rows_view, scales_view, handle.core, ordering
+            )
         if topk_idx is not None and num_tokens_per_expert is not None:
             experts = int(num_tokens_per_expert.shape[0])
             note_choices(self.rank, self.group_size, experts, topk_idx)

@@ -87,14 +87,34 @@ nb::tuple getDispatchLayout(Buffer& buffer, const View& topkIdx, std::int64_t nu
 }
 
 /// Memory for what a dispatch receives, of each array that it has: in the arena, so that rows
-/// arrive in place.
-void makeOutputs(Buffer& buffer, const PendingDispatch& pending, std::span<const View* const> likes,
-                 std::optional<Tensor>* outputs) {
-  for (const View* like : likes) {
-    std::optional<Tensor>& output = *outputs++;
-    if (like == nullptr) continue;
-    output = buffer.empty({pending.numRows(), like->view.shape[1]}, like->view.dtype);
+/// arrive in place. What comes beside the rows themselves is small, and shares a block.
+std::array<std::optional<Tensor>, 4> makeOutputs(Buffer& buffer, const PendingDispatch& pending,
+                                                 const std::array<const View*, 4>& likes) {
+  constexpr std::int64_t kAlignment = 256;
+  const std::int64_t rows = pending.numRows();
+  std::array<std::optional<Tensor>, 4> outputs;
+  std::array<std::int64_t, 5> ends{};
+  for (std::size_t i = 0; i < likes.size(); ++i) {
+    ends[i + 1] = ends[i];
+    if (likes[i] == nullptr) continue;
+    const TensorView& like = likes[i]->view;
+    if (i == 0) {
+      outputs[i] = buffer.empty({rows, like.shape[1]}, like.dtype);
+      continue;
+    }
+    outputs[i].emplace().view = makeView(nullptr, like.dtype, {rows, like.shape[1]}, like.device);
+    const auto bytes = static_cast<std::int64_t>(numBytes(outputs[i]->view));
+    ends[i + 1] += (bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
+  if (ends.back() == 0) return outputs;
+  const Tensor block = buffer.empty({ends.back()}, DataType::uint8);
+  for (std::size_t i = 1; i < likes.size(); ++i) {
+    if (!outputs[i]) continue;
+    outputs[i]->view.data = static_cast<std::byte*>(block.view.data) + ends[i];
+    outputs[i]->owner = block.owner;
+    outputs[i]->inArena = block.inArena;
+  }
+  return outputs;
 }
 
 TensorView viewOf(const std::optional<Tensor>& tensor) {
@@ -105,7 +125,7 @@ TensorView viewOf(const std::optional<Tensor>& tensor) {
 /// per local expert, which become objects of Python when the rows are on their way.
 template <typename Begin>
 nb::tuple finished(Buffer& buffer, const std::array<const View*, 4>& likes, const Begin& begin) {
-  std::optional<Tensor> outputs[4];
+  std::array<std::optional<Tensor>, 4> outputs;
   std::vector<std::int64_t> counts;
   std::optional<DispatchHandle> handle;
   {
@@ -114,7 +134,7 @@ nb::tuple finished(Buffer& buffer, const std::array<const View*, 4>& likes, cons
     const std::span<const std::int64_t> given = pending.numRecvTokensPerExpert();
     counts.assign(given.begin(), given.end());
     try {
-      makeOutputs(buffer, pending, likes, outputs);
+      outputs = makeOutputs(buffer, pending, likes);
     } catch (const std::exception& error) {
       buffer.abandonDispatch(std::move(pending), error.what());
       throw;

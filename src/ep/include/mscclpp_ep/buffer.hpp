@@ -69,7 +69,8 @@ class MSCCLPP_EP_API Buffer {
   void getDispatchLayout(const TensorView& topkIdx, std::int64_t numExperts,
                          const LayoutOutputs& outputs, const CallOptions& call = {}) const;
 
-  /// Exchanges counts. The inputs must live until the dispatch is finished.
+  /// Exchanges counts. The inputs must live until the dispatch is finished. On a GPU the counts are
+  /// those given, which finishDispatch() verifies, and what it throws may be about them.
   PendingDispatch beginDispatch(const DispatchInputs& inputs, const DispatchOptions& options = {},
                                 const CallOptions& call = {});
   /// Repeats the routing of `handle` for other rows; only `x` and `scales` may be given. Finishing
