@@ -122,10 +122,11 @@ struct CombineEntry {
 /// Round::publish of a combine on a GPU: where the receiver puts its rows of the sender's tokens.
 struct CombineLanding {
   Status status;
-  ArrayAddress rows;     ///< a row for each token that was sent to the receiver
-  ArrayAddress weights;  ///< likewise
-  ArrayAddress flags;    ///< of chunks of rows
-  ArrayAddress seals;    ///< of the rows that the sender pushes, as in a CombineEntry
+  std::int64_t numRows = 0;  ///< that there is room for: none if one had masked the other before
+  ArrayAddress rows;         ///< a row for each token that was sent to the receiver
+  ArrayAddress weights;      ///< likewise
+  ArrayAddress flags;        ///< of chunks of rows
+  ArrayAddress seals;        ///< of the rows that the sender pushes, as in a CombineEntry
 };
 
 /// Round::entry of a low-latency dispatch: where the sender has put its tokens, for all to read.

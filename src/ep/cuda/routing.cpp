@@ -2,18 +2,14 @@
 #include "cuda/routing.hpp"
 
 #include <span>
-#include <thread>
 #include <utility>
 
 #include "core/memory_map.hpp"
-#include "transport/wait.hpp"
+#include "cuda/await.hpp"
 
 namespace mscclpp_ep::cuda {
 
 namespace {
-
-constexpr std::chrono::milliseconds kSpin{1};
-constexpr std::chrono::milliseconds kInterruptPeriod{50};
 
 std::shared_ptr<DeviceRouting> makeRouting(const Context& context, const DispatchRequest& request) {
   auto routing = std::make_shared<DeviceRouting>();
@@ -53,17 +49,11 @@ void requireNoFailure(cudaStream_t stream) {
 /// Waits until the GPU has written the report of a plan. What comes before it on the caller's
 /// stream may take any time, so only an error or the user ends this.
 void awaitReport(const Context& context, const PlanReport& report, std::uint64_t ticket) {
-  const auto ready = [&] { return acquire(report.ticket) == ticket; };
-  if (spinUntil(ready, kSpin)) return;
-  auto lookAgain = std::chrono::steady_clock::now() + kInterruptPeriod;
-  while (!ready()) {
-    std::this_thread::yield();
-    const auto now = std::chrono::steady_clock::now();
-    if (now < lookAgain) continue;
-    lookAgain = now + kInterruptPeriod;
-    requireNoFailure(context.stream);
-    if (context.pollInterrupt) context.pollInterrupt();
-  }
+  awaitWatching([&] { return acquire(report.ticket) == ticket; },
+                [&] {
+                  requireNoFailure(context.stream);
+                  context.pollInterrupt();
+                });
 }
 
 template <typename T>
