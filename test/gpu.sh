@@ -38,7 +38,7 @@ PROGRAM
 
 suites=()
 for name in api layout dispatch combine cached values worst_tokens epochs errors groups lifetime \
-    failures properties soak graphs integrity; do
+    failures masks properties soak graphs integrity; do
     suites+=("test/python/conformance/test_$name.py")
 done
 

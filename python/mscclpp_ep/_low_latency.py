@@ -24,6 +24,7 @@ from mscclpp_ep._core import (
     Quantization,
     View,
 )
+from mscclpp_ep._devices import CPU, gpu_of, stream_handle
 from mscclpp_ep._frameworks import Array, Framework, framework_of
 from mscclpp_ep.event import EventHandle, EventOverlap
 from mscclpp_ep.handle import LowLatencyHandle
@@ -264,7 +265,8 @@ class LowLatencyMethods:
 
         A masked rank is sent nothing, and its rows are missing from results; it is told, and fails
         when it waits for this rank, unless it masks this rank in turn. To take a rank in again,
-        both sides unmask each other between the same two operations, after equally many calls.
+        both sides unmask each other between the same two operations, after equally many calls. On
+        a GPU it waits for the calls before.
 
         Args:
             rank_to_mask: The other rank.
@@ -278,17 +280,21 @@ class LowLatencyMethods:
         self._core.set_mask(integer("rank_to_mask", rank_to_mask, bits=31), bool(mask))
 
     def low_latency_query_mask_buffer(self, mask_status: Array) -> None:
-        """Writes which ranks are masked.
+        """Writes which ranks are masked. On a GPU it waits for the calls before.
 
         Args:
-            mask_status: int32 [R], to be filled with 1 for a masked rank and 0 for another.
+            mask_status: int32 [R], to be filled with 1 for a masked rank and 0 for another: on the
+                CPU, or the GPU of the buffer.
 
         Raises:
             InvalidArgument: `mask_status` is no such tensor, or cannot be written to.
         """
         status = output_view("mask_status", mask_status)
         check_given("mask_status", status, "int32 [R]")
-        self._core.query_masks(status)
+        stream = None
+        if self.device != CPU:
+            stream = stream_handle(framework_of(mask_status).current_stream(gpu_of(self.device)))
+        self._core.query_masks(status, stream)
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Takes in again every masked rank that is not gone.

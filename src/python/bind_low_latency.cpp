@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <limits>
+#include <optional>
 
 #include "array.hpp"
 #include "bind.hpp"
@@ -106,16 +108,8 @@ PendingReceive combine(Buffer& buffer, const View* x, const View* topkIdx, const
                                   {exact, logfmt}, {viewOf(out), viewOf(waitStats)});
 }
 
-void queryMasks(Buffer& buffer, const View& status) {
-  const TensorView& view = status.view;
-  if (view.dtype != DataType::int32 || view.ndim != 1 || view.shape[0] != buffer.size() ||
-      !isContiguous(view)) {
-    throw InvalidArgument("mask_status is " + toString(view) +
-                          "; it must be int32 [R], contiguous");
-  }
-  for (int rank = 0; rank < buffer.size(); ++rank) {
-    static_cast<std::int32_t*>(view.data)[rank] = buffer.masked(rank) ? 1 : 0;
-  }
+void queryMasks(Buffer& buffer, const View& status, std::optional<std::uintptr_t> stream) {
+  buffer.queryMasks(status.view, stream ? streamOf(*stream) : Stream());
 }
 
 }  // namespace
@@ -148,7 +142,8 @@ void bindLowLatency(nb::module_& m, nb::class_<Buffer>& buffer) {
       .def(
           "receive", [](Buffer& self, const PendingReceive& pending) { self.receive(pending); },
           nb::arg("pending"), Release())
-      .def("query_masks", &queryMasks, nb::arg("mask_status"));
+      .def("query_masks", &queryMasks, nb::arg("mask_status"),
+           nb::arg("stream").none() = nb::none(), Release());
 }
 
 }  // namespace mscclpp_ep::python

@@ -3,6 +3,7 @@
 #ifndef MSCCLPP_EP_CORE_AGREEMENT_HPP_
 #define MSCCLPP_EP_CORE_AGREEMENT_HPP_
 
+#include <cstdint>
 #include <exception>
 #include <span>
 #include <string_view>
@@ -25,6 +26,7 @@ struct OperationRefused : std::exception {
 struct EntryHead {
   Signature signature;
   Status status;
+  std::uint64_t gpuEpoch = 0;  ///< HostContext::gpuEpoch
 };
 
 const char* name(Operation operation);

@@ -131,8 +131,11 @@ class Backend {
   virtual Stream commStream() const { return {}; }
   /// Throws what a call before could not.
   virtual void check() = 0;
-  virtual bool masked(int rank) const = 0;
+  virtual bool masked(int rank) = 0;
   virtual void setMask(int rank, bool masked) = 0;
+  /// Writes to int32 memory of the caller's: of the host, or on a stream to that of the GPU.
+  virtual void store(const TensorView& out, const std::vector<std::int32_t>& values,
+                     Stream stream) = 0;
   virtual void freeze() = 0;
   virtual BufferStats stats() = 0;
   virtual void destroy() = 0;

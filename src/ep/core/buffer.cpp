@@ -345,6 +345,19 @@ bool Buffer::masked(int rank) const {
   checkRank(impl().facts, rank);
   return impl().backend().masked(rank);
 }
+void Buffer::queryMasks(const TensorView& status, Stream stream) {
+  EP_EXPECTS(status.dtype == DataType::int32 && status.ndim == 1 && status.shape[0] == size() &&
+                 isContiguous(status),
+             "mask_status is ", toString(status), "; it must be int32 [R], contiguous");
+  EP_EXPECTS(status.device.type == DeviceType::cpu || status.device == impl().options.device,
+             "mask_status is on ", toString(status.device), "; it must be on ",
+             toString(impl().options.device), ", or on the CPU");
+  std::vector<std::int32_t> masks(static_cast<std::size_t>(size()));
+  for (int rank = 0; rank < size(); ++rank) {
+    masks[static_cast<std::size_t>(rank)] = masked(rank) ? 1 : 0;
+  }
+  impl().backend().store(status, masks, stream);
+}
 void Buffer::setMask(int rank, bool masked) {
   EP_EXPECTS(impl().options.enableShrink, "masks need a buffer made with enable_shrink");
   checkRank(impl().facts, rank);

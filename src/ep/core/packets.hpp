@@ -91,6 +91,7 @@ constexpr std::uint64_t tagEpoch(std::uint64_t tag) { return tag >> 32 & 0xFFFFU
 struct DispatchEntry {
   Signature signature;
   Status status;
+  std::uint64_t gpuEpoch = 0;
   std::int64_t numRows = 0;    ///< rows that this rank has for the receiver
   std::int64_t numCounts = 0;  ///< counts that follow, here and in Round::counts
 };
@@ -112,6 +113,7 @@ struct DispatchPublish {
 struct CombineEntry {
   Signature signature;
   Status status;
+  std::uint64_t gpuEpoch = 0;
   ArrayAddress rows;
   ArrayAddress weights;
   ArrayAddress seals;  ///< [N] RowSeal, in the integrity mode
@@ -120,16 +122,18 @@ struct CombineEntry {
 /// Round::publish of a combine on a GPU: where the receiver puts its rows of the sender's tokens.
 struct CombineLanding {
   Status status;
-  ArrayAddress rows;     ///< a row for each token that was sent to the receiver
-  ArrayAddress weights;  ///< likewise
-  ArrayAddress flags;    ///< of chunks of rows
-  ArrayAddress seals;    ///< of the rows that the sender pushes, as in a CombineEntry
+  std::int64_t numRows = 0;  ///< that there is room for: none if one had masked the other before
+  ArrayAddress rows;         ///< a row for each token that was sent to the receiver
+  ArrayAddress weights;      ///< likewise
+  ArrayAddress flags;        ///< of chunks of rows
+  ArrayAddress seals;        ///< of the rows that the sender pushes, as in a CombineEntry
 };
 
 /// Round::entry of a low-latency dispatch: where the sender has put its tokens, for all to read.
 struct LowLatencyDispatchEntry {
   Signature signature;
   Status status;
+  std::uint64_t gpuEpoch = 0;
   std::int64_t numTokens = 0;
   ArrayAddress rows;     ///< [T] rows as they are sent
   ArrayAddress scales;   ///< [T, S]
@@ -143,6 +147,7 @@ struct LowLatencyDispatchEntry {
 struct LowLatencyCombineEntry {
   Signature signature;
   Status status;
+  std::uint64_t gpuEpoch = 0;
   ArrayAddress weights;      ///< [T, K] float32 of the sender's tokens
   ArrayAddress rows;         ///< for the receiver's tokens, readable once kRowsStaged is raised
   std::int64_t numRows = 0;  ///< none if one had masked the other in the dispatch

@@ -3,10 +3,12 @@
 
 #include <algorithm>
 
+#include "cuda/await.hpp"
 #include "cuda/combine.hpp"
 #include "cuda/diagnostics.hpp"
 #include "cuda/dispatch.hpp"
 #include "cuda/kernel_list.hpp"
+#include "cuda/losses.hpp"
 #include "cuda/peer_order.hpp"
 #include "cuda/placement.hpp"
 #include "cuda/plan_report.hpp"
@@ -25,6 +27,22 @@ constexpr int kDefaultSms = 20;
 
 cudaStream_t handleOf(Stream stream) { return static_cast<cudaStream_t>(stream.handle()); }
 
+/// Memory behind it is used again only when it is known what ranks that are lost may write to.
+class LearningFence final : public Fence {
+ public:
+  LearningFence(std::unique_ptr<Fence> fence, Losses& losses)
+      : fence_(std::move(fence)), losses_(losses) {}
+  bool passed() override {
+    if (!fence_->passed()) return false;
+    losses_.learn();
+    return true;
+  }
+
+ private:
+  std::unique_ptr<Fence> fence_;
+  Losses& losses_;
+};
+
 /// What the backend owns that its base works with, and that must therefore be there first.
 struct Resources {
   Resources(std::unique_ptr<PeerOrder> connected, int gpu)
@@ -35,13 +53,16 @@ struct Resources {
   OwnedStream stream;
   UserStreams users{stream.get()};
   std::unique_ptr<PeerOrder> peerOrder;
+  Losses* losses = nullptr;  ///< of a buffer that goes on without ranks
 
   /// Of use at any time, also outside of calls.
   MakeFence makeFence() {
-    return [this] {
+    return [this]() -> std::unique_ptr<Fence> {
       const CurrentDevice current(device);
       users.lookForCapture();
-      return users.fence();
+      auto fence = users.fence();
+      if (losses == nullptr || fence == nullptr) return fence;
+      return std::make_unique<LearningFence>(std::move(fence), *losses);
     };
   }
 };
@@ -64,10 +85,17 @@ class CudaBackend final : private Resources, public HostBackend {
                     static_cast<std::size_t>(options.arenaBytes), bufferId, makeFence()),
         deviceSms_(multiprocessors(options.device.index)),
         smMargin_(options.smMargin),
-        pollInterrupt_(options.pollInterrupt),
+        pollInterrupt_([this, poll = options.pollInterrupt] {
+          if (losses != nullptr) losses->watch();
+          if (poll) poll();
+        }),
         pool_(makeFence()) {
     const CurrentDevice current(device);
     nextChunk_.write({0});
+    if (!options.enableShrink) return;
+    losses_ = std::make_unique<Losses>(*peerOrder, *transport_, arena_);
+    losses = losses_.get();
+    users.beStrict();
   }
   ~CudaBackend() override;
 
@@ -100,6 +128,14 @@ class CudaBackend final : private Resources, public HostBackend {
   }
   Stream commStream() const override { return Stream(stream.get()); }
   void check() override;
+  bool masked(int rank) override;
+  void setMask(int rank, bool masked) override;
+  void store(const TensorView& out, const std::vector<std::int32_t>& values, Stream user) override {
+    if (out.device.type == DeviceType::cpu) return HostBackend::store(out, values, user);
+    const CurrentDevice current(device);
+    storeValues(static_cast<std::int32_t*>(out.data), values.data(),
+                static_cast<std::int64_t>(values.size()), handleOf(user));
+  }
 
  private:
   std::shared_ptr<const HandleState> moveRows(const DispatchRequest& request,
@@ -124,7 +160,12 @@ class CudaBackend final : private Resources, public HostBackend {
     const CurrentDevice current(device);
     verifyRouting(context(request.call), reporter_, request);
   }
-  void notice() override { peerOrder->throwIfFailed(); }
+  void notice() override {
+    peerOrder->throwIfFailed();
+    if (losses_ == nullptr) return;
+    const CurrentDevice current(device);
+    losses_->learn();
+  }
   void abort() noexcept override { peerOrder->abort(); }
   void settle() override;
   void awaitStream() const;
@@ -134,7 +175,7 @@ class CudaBackend final : private Resources, public HostBackend {
     return {context_,
             {device, pool_, stream.get(), isCapturing(stream.get()), peerOrder->arguments(),
              reporter_.notice(), reporter_.hostCounts(), flags_, packets_, nextChunk_.get(),
-             pollInterrupt_, smsFor(call)}};
+             pollInterrupt_, smsFor(call), losses_.get()}};
   }
 
   /// The kernels of ranks that share the GPU wait for each other, and must all fit on it.
@@ -152,6 +193,7 @@ class CudaBackend final : private Resources, public HostBackend {
   PeerMemory flags_{peerOrder->flags(), PeerOrder::kFlagBytes};
   PeerMemory packets_{peerOrder->packets(), PeerOrder::kPacketBytes};
   DeviceArray<std::uint64_t> nextChunk_{1};
+  std::unique_ptr<Losses> losses_;
 };
 
 /// What this rank still waits for on the GPU ends, and with it what it reads and writes.
@@ -180,12 +222,16 @@ void CudaBackend::beginCall(const CallOptions& call) {
   users.lookForCapture();
   if (!users.capturing()) buryDead();
   transport_->keepUnshared(users.capturing().has_value());
+  if (losses_ == nullptr) return;
+  if (losses_->aligns() && !users.capturing()) awaitStream();
+  context_.gpuEpoch = losses_->epochToTell();
 }
 
-/// Orders the stream of operations behind the caller's, and with it what uses memory next.
+/// Orders the stream of operations behind the caller's, and with it what uses memory next: unless a
+/// rank that was lost may write to that.
 void CudaBackend::joinCaller(cudaStream_t callers) {
   users.lookForCapture();
-  if (!users.capturing() && users.areOnly(callers)) {
+  if (losses_ == nullptr && !users.capturing() && users.areOnly(callers)) {
     arena_.freeDropped();
     pool_.freeDropped();
   }
@@ -238,6 +284,9 @@ std::vector<std::int64_t> CudaBackend::readCounts(const HandleState& handle) {
 
 void CudaBackend::awaitStream() const {
   const char* what = "work of the buffer failed on the GPU";
+  if (losses_ != nullptr) {
+    awaitWatching([&] { return isDone(cudaStreamQuery(stream.get()), what); }, pollInterrupt_);
+  }
   EP_CUDA_TRY(cudaStreamSynchronize(stream.get()), what);
   // Graphs run on streams of the caller's.
   if (users.everCaptured()) EP_CUDA_TRY(cudaDeviceSynchronize(), what);
@@ -247,6 +296,26 @@ void CudaBackend::settle() {
   const CurrentDevice current(device);
   awaitStream();
   requireUsable();  // of what the GPU has noticed by now
+}
+
+/// What kernels under way are about to lose counts.
+bool CudaBackend::masked(int rank) {
+  if (losses_ == nullptr || inChild()) return HostBackend::masked(rank);
+  const CurrentDevice current(device);
+  users.lookForCapture();
+  if (!users.capturing()) awaitStream();
+  losses_->learn();
+  return HostBackend::masked(rank);
+}
+
+void CudaBackend::setMask(int rank, bool masked) {
+  requireUsable();
+  const CurrentDevice current(device);
+  users.lookForCapture();
+  EP_EXPECTS(!users.capturing(), "a graph is captured; mask ranks, or take them in, before that");
+  awaitStream();
+  HostBackend::setMask(rank, masked);
+  losses_->set(rank, masked);
 }
 
 void CudaBackend::check() {
@@ -302,7 +371,8 @@ std::unique_ptr<PeerOrder> connectKernels(Bootstrap& bootstrap, Transport& trans
   std::exception_ptr failure;
   try {
     loadKernels();
-    order = std::make_unique<PeerOrder>(transport, options.firstEpoch, options.timeout);
+    order = std::make_unique<PeerOrder>(transport, options.firstEpoch, options.timeout,
+                                        options.enableShrink);
   } catch (const Error&) {
     failure = std::current_exception();
   }
@@ -314,9 +384,6 @@ std::unique_ptr<PeerOrder> connectKernels(Bootstrap& bootstrap, Transport& trans
 
 /// What this version cannot do on a GPU.
 void requireSupported(const BufferOptions& options) {
-  if (options.enableShrink) {
-    throw NotBuilt("enable_shrink on a GPU is not in this version of mscclpp_ep");
-  }
   const int count = cudaDeviceCount();
   if (count == 0) {
     throw NotBuilt(

@@ -17,6 +17,8 @@ namespace {
 
 /// One combine, on one rank. If all ranks' rows are where peers can read them, each rank reads
 /// those of its tokens; if not, each rank pushes its rows to where their tokens' owners sum them.
+/// Where ranks may be lost, rows are always pushed: ranks that have lost different ones might not
+/// agree on it, and rows of a rank that goes on without this one may change while they are read.
 class RowReducer {
  public:
   RowReducer(Context& context, const CombineRequest& request)
@@ -36,7 +38,7 @@ class RowReducer {
     context_.keep(handle_.onGpu);
     reserve();
     const std::vector<CombineEntry> entries = exchangeOffers();
-    if (std::all_of(entries.begin(), entries.end(), isReadable)) {
+    if (!context_.mayLose() && std::all_of(entries.begin(), entries.end(), isReadable)) {
       pull(entries);
     } else {
       push();
@@ -59,6 +61,7 @@ class RowReducer {
   void bindReadable(std::size_t rank, const CombineEntry& entry);
 
   void push();
+  void enter(const std::vector<LandingTarget>& targets, PushSumArguments& arguments);
   struct LandingPlan {
     std::vector<std::size_t> rowsAt;  ///< [R] in bytes
     std::vector<std::size_t> weightsAt;
@@ -104,7 +107,7 @@ class RowReducer {
 
 void RowReducer::reserve() {
   try {
-    context_.reserveTables(4);
+    context_.reserveTables(5);
   } catch (const Error& error) {
     postRefusal(context_, Operation::combine, error.what());
     throw OperationRefused{std::current_exception()};
@@ -115,6 +118,8 @@ void RowReducer::reserve() {
 CombineEntry RowReducer::offer() {
   CombineEntry entry;
   entry.signature = request_.signature;
+  entry.gpuEpoch = context_.gpuEpoch;
+  if (context_.mayLose()) return entry;
   if (numReceived() == 0 || context_.size() == 1) {
     // Nobody else reads anything: any address will do.
     entry.rows.access = Access::straight;
@@ -159,7 +164,7 @@ std::vector<CombineEntry> RowReducer::exchangeOffers() {
   const std::vector<Message> outgoing(sources_.size(), encode(offer()));
   std::vector<CombineEntry> entries;
   for (const Message& message : exchangeEntries(context_, outgoing)) {
-    entries.push_back(decode<CombineEntry>(message));
+    entries.push_back(message.empty() ? CombineEntry{} : decode<CombineEntry>(message));
   }
   return entries;
 }
@@ -253,8 +258,10 @@ void RowReducer::push() {
   targets.reserve(sources_.size());
   sealsAt.reserve(sources_.size());
   for (std::size_t r = 0; r < sources_.size(); ++r) {
-    const auto landing = decode<CombineLanding>(published[r]);
-    targets.push_back(bindTarget(r, landing));
+    // Nothing goes to a masked rank.
+    const bool absent = published[r].empty();
+    const auto landing = absent ? CombineLanding{} : decode<CombineLanding>(published[r]);
+    targets.push_back(absent ? LandingTarget{} : bindTarget(r, landing));
     sealsAt.push_back(landing.seals);
   }
   PushSumArguments arguments;
@@ -269,9 +276,34 @@ void RowReducer::push() {
   arguments.flags = context_.perRank(flags_);
   arguments.chunkRows = landingChunkRows(static_cast<std::int64_t>(rowBytes_));
   arguments.nextChunk = context_.nextChunk;
+  context_.meetRanks();
   if (checks()) sealRows();
+  if (context_.mayLose()) enter(targets, arguments);
   pushAndSumRows(arguments, context_.numSms, context_.stream);
+  if (context_.mayLose()) sumWithoutLost(arguments, context_.numSms, context_.stream);
   if (checks()) verifyRows(arguments.sum, true, sealsAt);
+  if (!context_.mayLose()) return;
+  const bool landing = landing_.address.access == Access::landing;
+  context_.losses->note({{landing_.data.get()}, landing}, context_.stream, context_.capturing);
+}
+
+/// Where ranks may be lost, which ones this operation is without is decided before rows are pushed.
+void RowReducer::enter(const std::vector<LandingTarget>& targets, PushSumArguments& arguments) {
+  std::vector<Place> known;
+  known.reserve(targets.size());
+  for (std::size_t r = 0; r < targets.size(); ++r) {
+    known.push_back({static_cast<std::int32_t>(handle_.firstRowAt[r]),
+                     static_cast<std::int32_t>(targets[r].numKept)});
+  }
+  EntryArguments entry;
+  entry.known = context_.perRank(known);
+  entry.firstRows = arguments.sum.firstRows;
+  entry.numKeptFrom = arguments.numKeptFrom;
+  entry.places = context_.losses->places();
+  entry.order = context_.order;
+  enterOperation(entry, context_.stream);
+  arguments.sum.firstRows = entry.places.firstRows;
+  arguments.numKeptFrom = entry.places.numKeptFrom;
 }
 
 /// How many rows a rank may push: one for each token that was sent to it.
@@ -325,6 +357,7 @@ std::vector<CombineLanding> RowReducer::makeLandings() {
       source.weights =
           own ? inputWeights() : reinterpret_cast<const float*>(landing_.data.get() + weightsAt[r]);
     }
+    landings[r].numRows = numRowsOf(r);
     landings[r].rows = landings[r].weights = landing_.address;
     landings[r].rows.offset += rowsAt[r];
     landings[r].weights.offset += weightsAt[r];
@@ -342,6 +375,10 @@ LandingTarget RowReducer::bindTarget(std::size_t rank, const CombineLanding& lan
   if (countsOnHost()) {
     target.firstRow = handle_.firstRowFrom[rank];
     target.numKept = rowsKept(target.firstRow, handle_.numRowsFrom[rank], handle_.numRows);
+    if (context_.mayLose()) {
+      // Of the dispatch in which they parted, ranks may have kept different accounts.
+      target.numKept = std::clamp<std::int64_t>(landing.numRows, 0, target.numKept);
+    }
     room = target.numKept;
   }
   if (room == 0) return target;
@@ -377,6 +414,7 @@ void RowReducer::verifyRows(const SumArguments& sum, bool landed,
   std::vector<const RowSeal*> seals(sources_.size());
   for (std::size_t r = 0; r < seals.size(); ++r) {
     if (r == self() || numRowsOf(r) == 0 || sources_[r].span.capacity == 0) continue;
+    if (context_.masked(r)) continue;
     // The owner has a seal for each row, and the host may not know how many those are.
     const RowRange range{0, countsOnHost() ? sources_[r].span.firstRow + numRowsOf(r) : 0};
     seals[r] = reinterpret_cast<const RowSeal*>(peerRows(context_, static_cast<int>(r), sealsAt[r],

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cuda/kernels.hpp"
+#include "cuda/losses.hpp"
 #include "cuda/order.hpp"
 #include "cuda/peer_memory.hpp"
 #include "cuda/resources.hpp"
@@ -34,12 +35,23 @@ struct Movers {
   PeerMemory& packets;       ///< of counts
   std::uint64_t* nextChunk;  ///< in device memory, 0 between kernels
   const std::function<void()>& pollInterrupt;
-  int numSms;  ///< that a kernel may use
+  int numSms;      ///< that a kernel may use
+  Losses* losses;  ///< null: the buffer goes on without no rank
 };
 
 /// The parts of a rank that its operations work with.
 struct Context : HostContext, Movers {
   Context(const HostContext& host, const Movers& movers) : HostContext(host), Movers(movers) {}
+
+  /// Whether the operation may have to go on without other ranks.
+  bool mayLose() const { return losses != nullptr && size() > 1; }
+
+  /// What comes first of an operation on the GPU, once the hosts have agreed on it.
+  void meetRanks() const {
+    if (!mayLose()) return;
+    losses->align(gpuEpoch, stream, capturing);
+    losses->tell(stream, capturing);
+  }
 
   Device onDevice() const { return {DeviceType::cuda, device}; }
 

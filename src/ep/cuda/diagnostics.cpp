@@ -59,6 +59,7 @@ std::byte* nextLanding(Context& context, std::size_t bytes) {
                                       encode(publication));
   const auto& published = exchangePublications(context, outgoing, "push");
   const int next = (context.rank() + 1) % context.size();
+  if (context.masked(next)) return nullptr;
   const ArrayAddress address =
       decodePublish(published[static_cast<std::size_t>(next)], static_cast<std::size_t>(next))
           .columns[kRows];
@@ -113,6 +114,7 @@ std::vector<double> timePush(Context& context, std::size_t bytes, int repeats) {
   std::vector<PushTarget> targets(ranks);
   targets[next].columns[kRows] = nextLanding(context, static_cast<std::size_t>(rows) * kRowBytes);
   targets[next].span = {0, rows};
+  if (context.mayLose()) context.losses->tell(context.stream, context.capturing);
   push.targets = context.perRank(targets);
   Stopwatch watch;
   std::vector<double> seconds;

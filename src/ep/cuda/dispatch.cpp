@@ -35,7 +35,7 @@ class RowMover {
     try {
       bindOutputs(outputs);
       if (exchangesCounts()) incoming_ = takeIncoming();
-      context.reserveTables(2);
+      context.reserveTables(3);
     } catch (const Error& error) {
       abandonRows(context, Verdict::noRoom, error.what());
       throw OperationRefused{std::current_exception()};
@@ -46,12 +46,16 @@ class RowMover {
     bindTargets(publish());
     context_.keep(request_.routing.onGpu);
     // From here on nothing may wait for the GPU: the kernels of other ranks wait for this one's.
+    context_.meetRanks();
     if (exchangesCounts()) exchangeCountsOnGpu();
     const PushArguments sent = describeSending();
+    if (context_.mayLose()) enter();
     sendRows(sent);
     if (checks()) sealSentRows(sent, context_.numSms, context_.stream);
     copyLanded();
+    if (context_.mayLose()) blankLost();
     if (checks()) verifyRows(sent.poison);
+    if (context_.mayLose()) noteWritten();
     return makeHandle();
   }
 
@@ -70,6 +74,9 @@ class RowMover {
   void exchangeCountsOnGpu();
   void markMissing();
   PushArguments describeSending();
+  void enter();
+  void blankLost();
+  void noteWritten();
   void sendRows(const PushArguments& sent);
   void copyLanded();
   void copyRows(const OutputColumn& output, std::int64_t rowBytes, std::int64_t begin,
@@ -211,7 +218,8 @@ const std::vector<Message>& RowMover::publish() {
 
 void RowMover::bindTargets(const std::vector<Message>& publications) {
   for (std::size_t r = 0; r < numRanks(); ++r) {
-    bindTarget(r, decodePublish(publications[r], r));
+    // A masked rank has no capacity: nothing is sent there.
+    bindTarget(r, publications[r].empty() ? DispatchPublish{} : decodePublish(publications[r], r));
   }
 }
 
@@ -243,6 +251,7 @@ std::byte* RowMover::ownColumn(const OutputColumn& output) const {
 
 void RowMover::bindOutgoing(std::size_t rank, const DispatchPublish& publication) {
   const int peer = static_cast<int>(rank);
+  if (context_.masked(peer)) return outgoing_.push_back(nullptr);
   const std::int64_t experts = request_.placement->numLocal(peer);
   const RowRange mine{context_.rank() * (1 + experts), 1 + experts};
   outgoing_.push_back(reinterpret_cast<std::uint64_t*>(
@@ -314,6 +323,7 @@ PushArguments RowMover::describeSending() {
   arguments.sent = routing_.count(map_.sent());
   arguments.targets = context_.perRank(targets_);
   if (!request_.countsOnHost()) arguments.firstRows = routing_.count(map_.firstRows());
+  if (context_.mayLose()) arguments.firstRows = context_.losses->places().firstRows;
   arguments.numTokens = request_.numTokens;
   arguments.numRanks = context_.size();
   arguments.rowAlignment = rowAlignment();
@@ -337,6 +347,42 @@ PushArguments RowMover::describeSending() {
   }
   arguments.order = context_.order;
   return arguments;
+}
+
+/// Where ranks may be lost, which ones this operation is without is decided before rows are sent.
+void RowMover::enter() {
+  std::vector<Place> known;
+  known.reserve(numRanks());
+  for (const PushTarget& target : targets_) {
+    known.push_back({static_cast<std::int32_t>(target.span.firstRow), 0});
+  }
+  EntryArguments arguments;
+  arguments.known = context_.perRank(known);
+  if (!request_.countsOnHost()) arguments.firstRows = routing_.count(map_.firstRows());
+  arguments.places = context_.losses->places();
+  arguments.order = context_.order;
+  enterOperation(arguments, context_.stream);
+}
+
+void RowMover::blankLost() {
+  BlankArguments arguments;
+  for (int column = 0; column < kNumColumns; ++column) {
+    arguments.columns[column] = outputs_[column].data;
+    arguments.rowBytes[column] = rowBytes_[column];
+  }
+  arguments.firstRowFrom = routing_.count(map_.firstRowFrom());
+  arguments.numKeptFrom = routing_.count(map_.numKeptFrom());
+  arguments.order = context_.order;
+  blankLostRows(arguments, context_.numSms, context_.stream);
+}
+
+void RowMover::noteWritten() {
+  PeerWritten written;
+  for (const OutputColumn& output : outputs_) {
+    if (output.data != nullptr) written.blocks.push_back(output.data);
+  }
+  written.landing = landing_.data != nullptr;
+  context_.losses->note(std::move(written), context_.stream, context_.capturing);
 }
 
 void RowMover::sendRows(const PushArguments& sent) {

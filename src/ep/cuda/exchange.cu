@@ -23,30 +23,46 @@ __device__ void sendCount(std::uint64_t* place, std::uint64_t epoch, std::int32_
 
 __device__ void sendCounts(const ExchangeArguments& exchange, std::uint64_t epoch) {
   for (int rank = threadIdx.x; rank < exchange.order.numRanks; rank += blockDim.x) {
-    sendCount(exchange.outgoing[rank], epoch, exchange.sent[rank]);
+    if (!isLost(exchange.order, rank)) {
+      sendCount(exchange.outgoing[rank], epoch, exchange.sent[rank]);
+    }
   }
   for (std::int64_t e = threadIdx.x; e < exchange.placement.numExperts; e += blockDim.x) {
-    std::uint64_t* counts = exchange.outgoing[exchange.placement.owner[e]] + 1;
+    const std::int32_t owner = exchange.placement.owner[e];
+    if (isLost(exchange.order, owner)) continue;
+    std::uint64_t* counts = exchange.outgoing[owner] + 1;
     // A negative count is noticed elsewhere, and would be no packet.
     const std::int32_t count = exchange.perExpert[e] < 0 ? 0 : exchange.perExpert[e];
     sendCount(counts + exchange.placement.localIndex[e], epoch, count);
   }
 }
 
-/// Waits for a count of a rank's; -1 if it does not come.
+/// Waits for a count of a rank's; -1 if it does not come. One that is lost has none.
 __device__ std::int32_t awaitCount(const ExchangeArguments& exchange, std::uint64_t epoch, int rank,
                                    std::int64_t which) {
   const std::uint64_t* place = exchange.incoming + rank * (1 + exchange.numLocalExperts) + which;
-  Patience patience(exchange.order);
+  if (isLost(exchange.order, rank)) return 0;
+  Patience patience(exchange.order, epoch, rank);
   std::uint64_t seen = loadRelaxed(place);
   while (!isOf(seen, epoch)) {
     if (!patience.left()) {
-      fail(exchange.order, epoch, Word::firstRow, rank, seen, patience.aborted());
-      return -1;
+      giveUp(exchange.order, epoch, Word::firstRow, rank, seen, patience.aborted());
+      return isLost(exchange.order, rank) ? 0 : -1;
     }
     seen = loadRelaxed(place);
   }
   return static_cast<std::int32_t>(signalValue(seen) - 1);
+}
+
+/// Where ranks may be lost: waits for all counts before any is used, so that all of a rank's count,
+/// or none. False if one does not come that is not lost by that. Called by the whole block.
+__device__ bool awaitCounts(const ExchangeArguments& exchange, std::uint64_t epoch) {
+  const std::int64_t each = 1 + exchange.numLocalExperts;
+  bool came = true;
+  for (std::int64_t i = threadIdx.x; i < exchange.order.numRanks * each; i += blockDim.x) {
+    came = awaitCount(exchange, epoch, static_cast<int>(i / each), i % each) >= 0 && came;
+  }
+  return __syncthreads_and(came) != 0;
 }
 
 /// Sums the counts of each local expert. Called by all threads but those of the first warp.
@@ -81,7 +97,7 @@ __device__ void placeRows(const ExchangeArguments& exchange, std::uint64_t epoch
   const std::int32_t first = end - rows;
   if (rank == order.rank) {
     exchange.firstRows[rank] = first;
-  } else {
+  } else if (!isLost(order, rank)) {
     // All that there is to tell is in the word.
     storeRelaxed(order.peers[rank] + SignalMap(order.numRanks).at(Word::firstRow, order.rank),
                  packSignal(static_cast<std::uint32_t>(first) + 1, epoch));
@@ -122,9 +138,11 @@ __device__ bool receivePlaces(const ExchangeArguments& exchange, std::uint64_t e
   bool came = true;
   for (int rank = laneIndex(); rank < order.numRanks; rank += kWarpSize) {
     if (rank == order.rank) continue;
-    const std::uint64_t word = awaitWord(order, epoch, Word::firstRow, rank);
-    came = came && word != 0;
-    if (word != 0) exchange.firstRows[rank] = static_cast<std::int32_t>(signalValue(word) - 1);
+    const std::uint64_t word =
+        isLost(order, rank) ? 0 : awaitWord(order, epoch, Word::firstRow, rank);
+    came = came && (word != 0 || isLost(order, rank));
+    exchange.firstRows[rank] =
+        word != 0 ? static_cast<std::int32_t>(signalValue(word) - 1) : kNoPlace;
   }
   return came;
 }
@@ -165,9 +183,12 @@ __global__ void __launch_bounds__(kThreads)
   if (!enterPeers(exchange.order)) return fillNone(exchange);
   const std::uint64_t epoch = currentEpoch(exchange.order);
   sendCounts(exchange, epoch);
-  const bool came = threadIdx.x < kWarpSize
-                        ? receiveRows(exchange, epoch) && receivePlaces(exchange, epoch)
-                        : receiveCounts(exchange, epoch);
+  if (shrinks(exchange.order) && !awaitCounts(exchange, epoch)) return fillNone(exchange);
+  const bool firstWarp = threadIdx.x < kWarpSize;
+  bool came = firstWarp ? receiveRows(exchange, epoch) : receiveCounts(exchange, epoch);
+  // A rank that is lost from here on has been counted by all threads.
+  if (shrinks(exchange.order)) __syncthreads();
+  if (firstWarp) came = came && receivePlaces(exchange, epoch);
   if (__syncthreads_and(came) == 0) fillNone(exchange);
 }
 

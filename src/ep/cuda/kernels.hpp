@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "core/packets.hpp"
 #include "cuda/order.hpp"
@@ -51,6 +52,9 @@ struct PerRank {
     return many != nullptr ? many[rank] : few[rank];
   }
 };
+
+/// A first row at which there is room for none: more than any capacity.
+inline constexpr std::int32_t kNoPlace = std::numeric_limits<std::int32_t>::max();
 
 /// Rows of one rank's outputs that are of another rank's tokens.
 struct RowSpan {

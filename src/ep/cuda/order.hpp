@@ -16,6 +16,7 @@ enum class Word : int {
   entered,   ///< its memory is ready for the operation: to be written to, or to be read
   finished,  ///< it has written, or read, all that it will
   firstRow,  ///< one more than the row of its outputs to which the first of the peer's tokens goes
+  parted,    ///< it goes on without the peer, from this operation on
   numWords,
   // What else a kernel can miss, which is none of these words:
   landed = numWords,  ///< rows of a chunk (combine_push.hpp)
@@ -52,8 +53,17 @@ struct WaitFailure {
   RowSeal sent;      ///< what came with the row
 };
 
+/// What a kernel needs to go on without ranks. A rank that it waits for in vain is lost: it is
+/// neither waited for nor signalled any more, and told so once, as it may live.
+struct Shrinking {
+  std::uint32_t* lost = nullptr;  ///< [R] in device memory
+  // In host memory:
+  const std::uint32_t* gone = nullptr;  ///< [R] the host's: not 0 for a rank not to be waited for
+  std::uint64_t* losses = nullptr;      ///< [R] for the host: the epoch in which one was lost
+};
+
 /// What a kernel needs to be ordered with those of other ranks. Pointers to device memory, but for
-/// the last two.
+/// `abort` and `failure`.
 struct Order {
   std::uint64_t* epoch = nullptr;         ///< of the current operation; 0: the buffer has failed
   unsigned* blocksDone = nullptr;         ///< 0 between kernels
@@ -66,6 +76,7 @@ struct Order {
   std::uint64_t timeout = 0;             ///< nanoseconds
   const std::uint32_t* abort = nullptr;  ///< the host's: not 0 to end all waits
   WaitFailure* failure = nullptr;
+  const Shrinking* shrinking = nullptr;  ///< null: a wait in vain ends the buffer
 };
 
 }  // namespace mscclpp_ep::cuda

@@ -2,12 +2,14 @@
 #include "cuda/peer_order.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <vector>
 
 #include "core/damage.hpp"
 #include "core/memory_map.hpp"
 #include "core/packets.hpp"
+#include "cuda/kernels.hpp"
 #include "mscclpp_ep/error.hpp"
 
 namespace mscclpp_ep::cuda {
@@ -46,7 +48,7 @@ int deviceOf(const void* memory) {
 }  // namespace
 
 PeerOrder::PeerOrder(Transport& transport, std::uint64_t firstEpoch,
-                     std::chrono::duration<double> timeout)
+                     std::chrono::duration<double> timeout, bool shrink)
     : flagsAt_(alignUp(SignalMap(transport.size()).bytes(), kCacheLine)),
       signals_(transport.share(flagsAt_ + kFlagBytes + kPacketBytes)),
       epoch_(1),
@@ -72,6 +74,9 @@ PeerOrder::PeerOrder(Transport& transport, std::uint64_t firstEpoch,
   order_.timeout = nanoseconds(timeout_);
   order_.abort = abort_.get();
   order_.failure = failure_.get();
+  if (!shrink) return;
+  shrinkMemory_ = std::make_unique<ShrinkMemory>(static_cast<std::size_t>(transport.size()));
+  order_.shrinking = shrinkMemory_->arguments.get();
 }
 
 void PeerOrder::connect(Transport& transport) {
@@ -91,6 +96,23 @@ void PeerOrder::connect(Transport& transport) {
 ArenaBlock PeerOrder::part(std::size_t offset) const {
   return {{signals_.data + offset, [owner = signals_.owner](std::byte*) {}},
           {Access::straight, kSignalSegment, offset}};
+}
+
+std::uint64_t PeerOrder::readEpoch() const {
+  std::uint64_t epoch = 0;
+  doNow([&](cudaStream_t stream) {
+    EP_CUDA_TRY(
+        cudaMemcpyAsync(&epoch, epoch_.get(), sizeof(epoch), cudaMemcpyDeviceToHost, stream),
+        "cannot read the epoch of the GPU");
+  });
+  return epoch;
+}
+
+void PeerOrder::writeEpoch(std::uint64_t epoch, cudaStream_t stream) const {
+  std::int32_t halves[2];
+  static_assert(sizeof(halves) == sizeof(epoch));
+  std::memcpy(halves, &epoch, sizeof(epoch));
+  storeValues(reinterpret_cast<std::int32_t*>(epoch_.get()), halves, 2, stream);
 }
 
 void PeerOrder::throwIfFailed() const {

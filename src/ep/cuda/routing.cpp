@@ -2,18 +2,14 @@
 #include "cuda/routing.hpp"
 
 #include <algorithm>
-#include <thread>
 #include <utility>
 
 #include "core/memory_map.hpp"
-#include "transport/wait.hpp"
+#include "cuda/await.hpp"
 
 namespace mscclpp_ep::cuda {
 
 namespace {
-
-constexpr std::chrono::milliseconds kSpin{1};
-constexpr std::chrono::milliseconds kInterruptPeriod{50};
 
 std::shared_ptr<DeviceRouting> makeRouting(const Context& context, const DispatchRequest& request) {
   auto routing = std::make_shared<DeviceRouting>();
@@ -94,17 +90,11 @@ class PlanReport {
 /// Waits until the GPU has written what is before a place. What comes before that on the caller's
 /// stream may take any time, so only an error or the user ends this.
 void awaitReport(const Context& context, PlanReport& report, std::int64_t end) {
-  const auto ready = [&] { return report.complete(end); };
-  if (spinUntil(ready, kSpin)) return;
-  auto lookAgain = std::chrono::steady_clock::now() + kInterruptPeriod;
-  while (!ready()) {
-    std::this_thread::yield();
-    const auto now = std::chrono::steady_clock::now();
-    if (now < lookAgain) continue;
-    lookAgain = now + kInterruptPeriod;
-    requireNoFailure(context.stream);
-    if (context.pollInterrupt) context.pollInterrupt();
-  }
+  awaitWatching([&] { return report.complete(end); },
+                [&] {
+                  requireNoFailure(context.stream);
+                  context.pollInterrupt();
+                });
 }
 
 /// Throws InvalidArgument if what the caller gave is not what was found.

@@ -66,11 +66,12 @@ class UserStreams::Behind final : public Fence {
     for (const cudaStream_t stream : streams.users_) {
       events_.push_back(std::make_unique<StreamEvent>(stream));
     }
+    if (streams.strict_) events_.push_back(std::make_unique<StreamEvent>(streams.comm_));
   }
 
   bool passed() override {
     if (streams_.capturing_) return false;
-    if (streams_.mayWait_) {
+    if (streams_.mayWait_ && !streams_.strict_) {
       for (const auto& event : events_) event->hold(streams_.comm_);
       return true;
     }

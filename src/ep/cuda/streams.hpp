@@ -79,6 +79,9 @@ class UserStreams {
   void remove(cudaStream_t stream) { users_.erase(stream); }
   /// Whether the stream of operations may wait for others than its call names.
   void allowWaiting(bool allowed) { mayWait_ = allowed; }
+  /// From now on memory is free only when all has passed that uses it, on the stream of operations
+  /// as well: peers may have written to it that this rank goes on without.
+  void beStrict() { strict_ = true; }
   /// Finds out whether a graph is captured, by the calls that follow on one of the streams.
   void lookForCapture();
   /// The stream by which that is so; none: no graph is captured.
@@ -100,6 +103,7 @@ class UserStreams {
   cudaStream_t comm_;
   std::set<cudaStream_t> users_;
   bool mayWait_ = true;
+  bool strict_ = false;
   std::optional<cudaStream_t> capturing_;
   bool everCaptured_ = false;
 };

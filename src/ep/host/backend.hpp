@@ -6,10 +6,12 @@
 
 #include <sys/types.h>
 
+#include <algorithm>
 #include <exception>
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "core/agreement.hpp"
 #include "core/backend.hpp"
@@ -38,8 +40,11 @@ class HostBackend : public Backend, public std::enable_shared_from_this<HostBack
   void recordStream(Stream) override {}
   void forgetStream(Stream) override {}
   void check() override;
-  bool masked(int rank) const final { return transport_->masked(rank); }
+  bool masked(int rank) override { return transport_->masked(rank); }
   void setMask(int rank, bool masked) override;
+  void store(const TensorView& out, const std::vector<std::int32_t>& values, Stream) override {
+    std::copy(values.begin(), values.end(), static_cast<std::int32_t*>(out.data));
+  }
   void freeze() final;
   BufferStats stats() final;
   void destroy() final;

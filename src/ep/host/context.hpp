@@ -28,6 +28,9 @@ struct HostContext {
   Lane lane = Lane::highThroughput;
   bool shrink = false;     ///< go on without ranks that fail
   bool integrity = false;  ///< rows carry what they are checked by
+  /// The epoch of this rank's GPU, if it is to be told in the next entry, where ranks meet again
+  /// that were apart; else 0. Once all have entered, the highest that any has told.
+  std::uint64_t gpuEpoch = 0;
 
   int rank() const { return transport.rank(); }
   int size() const { return transport.size(); }

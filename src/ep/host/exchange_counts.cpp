@@ -77,6 +77,7 @@ DispatchPlan exchangeCounts(HostContext& context, const DispatchRequest& request
   for (std::size_t r = 0; r < counts.size(); ++r) {
     DispatchEntry entry;
     entry.signature = request.signature;
+    entry.gpuEpoch = context.gpuEpoch;
     entry.numRows = request.countsOnHost() ? request.routing.plan->numRows[r] : 0;
     entry.numCounts = static_cast<std::int64_t>(counts[r].size());
     outgoing.push_back(inEntry ? encode(entry, counts[r]) : encode(entry));

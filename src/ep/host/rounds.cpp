@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "host/rounds.hpp"
 
+#include <algorithm>
 #include <limits>
 
 namespace mscclpp_ep {
@@ -52,6 +53,10 @@ const std::vector<Message>& exchangeEntries(HostContext& context,
   };
   const auto& entries = exchange();
   requireEntries(context, entries);
+  for (const Message& entry : entries) {
+    if (entry.empty()) continue;
+    context.gpuEpoch = std::max(context.gpuEpoch, decode<EntryHead>(entry).gpuEpoch);
+  }
   return entries;
 }
 

@@ -87,9 +87,11 @@ std::shared_ptr<Segment> SharedMemory::createControl(ConnectOptions& options,
 SharedMemory::Farewell::~Farewell() {
   // A forked child shares the memory, but is not the rank.
   if (::getpid() != self.process_) return;
+  const bool connected = self.at(self.rank_).control != nullptr;
+  // First: peers keep what one had that has gone.
+  if (connected) self.word(self.rank_, ControlMap::closed()).store(1);
   SegmentRegistry::removeRank(self.localRank_);
-  if (self.at(self.rank_).control == nullptr) return;
-  self.word(self.rank_, ControlMap::closed()).store(1);
+  if (!connected) return;
   for (int peer = 0; peer < self.size(); ++peer) {
     if (peer == self.rank_ || self.at(peer).control == nullptr) continue;
     self.word(peer, self.map_.goodbye(self.rank_)).store(1);
@@ -171,11 +173,11 @@ std::shared_ptr<Segment> SharedMemory::findThreadsSegment(int peer, std::uint32_
 }
 
 /// Segments of a thread are kept, lest its end take away memory that is being written to. What it
-/// has unshared is let go of between operations.
+/// has unshared is let go of between operations; not so all that it had, when it has gone.
 void SharedMemory::forgetThreadsSegments() {
   newThreadSegments_ = false;
   for (int peer = 0; peer < size(); ++peer) {
-    if (!isThread(peer)) continue;
+    if (!isThread(peer) || departed(peer)) continue;
     const std::uint64_t owner = at(peer).link.localRank;
     std::erase_if(at(peer).segments, [owner](const auto& entry) {
       return SegmentRegistry::find({owner, entry.first}) == nullptr;
@@ -343,6 +345,14 @@ bool SharedMemory::maskFailed(const Awaited& missing, bool late) {
     }
   }
   return any;
+}
+
+void SharedMemory::maskFailed() {
+  if (!shrink_ || connecting_ || leaving_) return;
+  lookAtPeers();
+  Awaited all;
+  for (int peer = 0; peer < size(); ++peer) all.ranks.push_back(peer);
+  maskFailed(all, false);
 }
 
 void SharedMemory::handleFailures(const Awaited& missing) {

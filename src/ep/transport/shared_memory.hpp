@@ -45,6 +45,7 @@ class SharedMemory final : public Transport {
   void enterCall(std::uint32_t mode) override;
   bool masked(int peer) const override { return at(peer).masked; }
   void setMask(int peer, bool masked) override;
+  void maskFailed() override;
   bool mayStillWrite(int peer) const override { return !at(peer).gone; }
   void requireNobodyGaveUp() override;
   void giveUp() noexcept override;

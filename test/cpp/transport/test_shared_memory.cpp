@@ -225,6 +225,29 @@ TEST_CASE("a rank that gives up or goes is noticed by those who wait") {
   }
 }
 
+TEST_CASE("a rank that fails is masked also where nobody waits, if ranks are masked") {
+  for (const Launcher& launcher : kLaunchers) {
+    for (const bool shrink : {true, false}) {
+      CAPTURE(launcher.name);
+      CAPTURE(shrink);
+      CHECK_NOTHROW(launcher.run(3, [&](Bootstrap& bootstrap) {
+        SharedMemoryOptions options = withTimeout(testing::kLongTimeout);
+        options.shrink = shrink;
+        auto memory = std::make_unique<SharedMemory>(bootstrap, options);
+        bootstrap.barrier();
+        if (memory->rank() == 2) memory.reset();
+        bootstrap.barrier();
+        if (memory != nullptr) {
+          memory->maskFailed();
+          require(memory->masked(2) == shrink, "the rank that went");
+          require(!memory->masked(0) && !memory->masked(1), "those that did not");
+        }
+        bootstrap.barrier();  // both have looked
+      }));
+    }
+  }
+}
+
 TEST_CASE("what a rank did before it went counts") {
   for (const Launcher& launcher : kLaunchers) {
     CAPTURE(launcher.name);

@@ -17,9 +17,8 @@ from conformance.test_failures import (
 from conformance.test_low_latency_failures import expect_all_well
 from harness.programs import masks
 
-pytestmark = pytest.mark.cpu_only
-
 STOPPED_FOR = 2.0
+REPLAY_TIMEOUT = 4.0
 
 
 @pytest.mark.parametrize("name", masks.CASES)
@@ -28,6 +27,13 @@ def test_masked_by_hand(ranks, name, seed):
     ranks.check(masks.masked_by_hand, name, seed)
 
 
+@pytest.mark.parametrize("name", ["scales", "arena"])
+@pytest.mark.ranks(2, 3)
+def test_masked_by_hand_with_integrity(ranks, name, seed):
+    ranks.check(masks.masked_by_hand, name, seed, True)
+
+
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("name", masks.LOW_LATENCY_CASES)
 @pytest.mark.ranks(2, 3)
 def test_masked_by_hand_in_low_latency(ranks, name, seed):
@@ -44,6 +50,7 @@ def test_memory_shared_while_masked(ranks, seed):
     ranks.check(masks.grown_apart, seed)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.ranks(2, 3)
 def test_operations_out_when_unmasked(ranks, seed):
     ranks.check(masks.masked_with_operations_out, seed)
@@ -78,6 +85,7 @@ def test_killed(doomed, size, seed):
     expect_nothing_left(pool, before)
 
 
+@pytest.mark.cpu_only
 def test_killed_with_hooks_out(doomed, seed):
     pool, victim = doomed(3), seed % 3
     run = pool.start(masks.killed_with_hooks_out, victim, TIMEOUT, seed)
@@ -90,8 +98,18 @@ def test_killed_with_hooks_out(doomed, seed):
 
 
 def test_killed_in_large_operations(doomed, seed):
-    pool, victim = doomed(3), seed % 3
-    run = pool.start(masks.killed_in_operations, victim, TIMEOUT, seed)
+    kill_at_work(doomed(3), masks.killed_in_operations, TIMEOUT, seed)
+
+
+@pytest.mark.gpu_only
+def test_killed_in_large_replays(doomed, seed):
+    kill_at_work(doomed(3), masks.killed_in_replays, REPLAY_TIMEOUT, seed)
+
+
+def kill_at_work(pool, program, timeout: float, seed: int) -> None:
+    """Ends a rank when it says that it is at work; the others agree on when they end."""
+    victim = seed % 3
+    run = pool.start(program, victim, timeout, seed)
     run.report(victim)
     os.kill(pool.pids()[victim], signal.SIGKILL)
     survivors = [rank for rank in range(3) if rank != victim]
@@ -125,6 +143,26 @@ def test_stopped_in_large_operations(doomed, seed):
     run.report(victim)
     run.send_all()
     expect_all_well(run.result())
+
+
+@pytest.mark.gpu_only
+@pytest.mark.ranks(2, 3, modes=("process",))
+def test_graph_with_a_masked_rank(ranks, seed):
+    ranks.check(masks.masked_replays, seed)
+
+
+@pytest.mark.gpu_only
+@pytest.mark.ranks(2, 3, modes=("process",))
+def test_late_for_a_replay(ranks, seed):
+    ranks.check(masks.late_for_a_replay, REPLAY_TIMEOUT, seed)
+
+
+@pytest.mark.gpu_only
+def test_killed_between_replays(doomed, seed):
+    victim = seed % 3
+    expect_death_of(
+        victim, doomed(3).run(masks.killed_between_replays, victim, REPLAY_TIMEOUT, seed)
+    )
 
 
 @pytest.mark.ranks(4)

@@ -30,6 +30,9 @@ class Cpu:
         """The bytes of `tensor` as they are now."""
         return np.asarray(tensor)
 
+    def synchronize(self) -> None:
+        """Waits for all work that this rank has been given."""
+
     def write(self, tensor, values) -> None:
         """Writes to a tensor of the library's."""
         np.asarray(tensor)[...] = values
@@ -86,6 +89,9 @@ class Cuda:
         name = str(tensor.dtype).removeprefix("torch.")
         raw = tensor.detach().view(self._integer(tensor.itemsize)).cpu().numpy()
         return raw.view(np.dtype(getattr(ml_dtypes, name, name)))
+
+    def synchronize(self) -> None:
+        self.torch.cuda.current_stream().synchronize()
 
     def write(self, tensor, values) -> None:
         name = str(tensor.dtype).removeprefix("torch.")

@@ -113,6 +113,7 @@ __device__ __forceinline__ bool hasLanded(const Summand& summand, std::uint64_t 
 /// Gives up on a summand: it may be that a rank has not come, for which whoever pushes waits, too.
 static __device__ __noinline__ void failToLand(const Order& order, std::uint64_t epoch,
                                                Summand summand, bool aborted) {
+  if (shrinks(order)) return giveUp(order, epoch, Word::landed, summand.rank, 0, aborted);
   for (int peer = 0; peer < order.numRanks; ++peer) {
     const std::uint64_t seen =
         loadAcquire(order.own + SignalMap(order.numRanks).at(Word::entered, peer));
@@ -126,7 +127,7 @@ static __device__ __noinline__ void failToLand(const Order& order, std::uint64_t
 __device__ inline bool awaitLanded(const Order& order, std::uint64_t epoch,
                                    const Summand& summand) {
   if (hasLanded(summand, epoch)) return true;
-  Patience patience(order);
+  Patience patience(order, epoch, summand.rank);
   while (!hasLanded(summand, epoch)) {
     if (!patience.left()) {
       failToLand(order, epoch, summand, patience.aborted());
@@ -143,11 +144,12 @@ __device__ inline unsigned awaitLanes(const Order& order, std::uint64_t epoch, c
   const auto look = [&] { return __ballot_sync(kAllLanes, hasLanded(mine, epoch)); };
   unsigned landed = look();
   if ((lanes & ~landed) == 0) return landed;
-  Patience patience(order);
+  Patience patience(order, epoch, mine.rank);
   while (((landed = look()) & lanes) != lanes) {
-    if (__all_sync(kAllLanes, patience.left())) continue;
-    const unsigned missing = lanes & ~landed;
-    if ((missing >> laneIndex() & 1u) != 0) failToLand(order, epoch, mine, patience.aborted());
+    const bool misses = ((lanes & ~landed) >> laneIndex() & 1u) != 0;
+    const bool givesUp = !patience.left() && misses;
+    if (!__any_sync(kAllLanes, givesUp)) continue;
+    if (givesUp) failToLand(order, epoch, mine, patience.aborted());
     return 0;
   }
   return landed;

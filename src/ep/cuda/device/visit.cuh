@@ -29,7 +29,7 @@ __device__ inline std::uint64_t beginVisit(const Order& order) {
     fenceSystem();
     for (int peer = first; epoch != 0 && peer < order.numRanks; peer += kWarpSize) {
       if (peer != first) words = order.peers[peer];
-      if (peer == order.rank) continue;
+      if (peer == order.rank || isLost(order, peer)) continue;
       storeRelaxed(words + SignalMap(order.numRanks).at(Word::entered, order.rank),
                    packSignal(1, epoch));
     }

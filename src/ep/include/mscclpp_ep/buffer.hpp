@@ -130,7 +130,11 @@ class MSCCLPP_EP_API Buffer {
   BufferStats stats() const;
 
   /// Whether this rank goes on without `rank`, as `BufferOptions::enableShrink` lets it.
+  /// On a GPU it waits for the operations before, by which ranks may be lost.
   bool masked(int rank) const;
+  /// Fills int32 [R] with 1 for each masked rank and 0 for others. Memory of the buffer's GPU is
+  /// written on `stream`.
+  void queryMasks(const TensorView& status, Stream stream = {});
   /// Masks another rank, or takes it in again, on this rank only. Throws PeerFailure for a rank
   /// that is gone and is to be taken in.
   void setMask(int rank, bool masked);

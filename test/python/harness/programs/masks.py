@@ -7,14 +7,16 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 
 import mscclpp_ep as ep
 from harness import low_latency as ll
 from harness import steps
-from harness.cases import Case, Scales, world_of
-from harness.masked import LOW_LATENCY, PLAIN, Player
+from harness.cases import Case, Scales, World, world_of
+from harness.masked import LOW_LATENCY, PLAIN, Player, Ranks, View, fates, first_that_fits
+from harness.programs import graphs
 from harness.programs.failures import MARGIN
 from harness.programs.sequences import random_case, random_low_latency_case
 
@@ -37,9 +39,9 @@ LOW_LATENCY_CASES = {
 }
 
 
-def masked_by_hand(context, name: str, seed: int) -> None:
+def masked_by_hand(context, name: str, seed: int, integrity: bool = False) -> None:
     """A rank and the others mask each other, go on apart, and take each other in again."""
-    player, case = shrinking(context), CASES[name]
+    player, case = shrinking(context, integrity_check=integrity), CASES[name]
     victim = seed % context.size
     worlds = [world_of(case, seed + n, context.size) for n in range(4)]
     old = player.round_trip(worlds[0])  # its combine ends when all have read: none is still in it
@@ -96,6 +98,9 @@ def masked_for_long(context, seed: int) -> None:
         for turn in range(40):
             player.again(old, turn)
             player.combine(old, turn)
+        # On a GPU what was dropped is free when the streams have passed where it was looked for.
+        player.buffer.stats()
+        player.context.backend.synchronize()
         stats = player.buffer.stats()
         return stats.arena_bytes, stats.held_bytes, stats.landing_bytes
 
@@ -111,11 +116,11 @@ def grown_apart(context, seed: int) -> None:
     large = ll.world_of(LOW_LATENCY.but(hidden=5000, tokens=(60,)), seed, context.size)
     player.both_modes(seed)
     player.set_masks(victim, True)
-    for _ in range(2):
+    for _ in range(2 * player.has_low_latency):
         player.low_latency_round_trip(large)
     player.round_trip(world)
     player.set_masks(victim, False)
-    for _ in range(2):
+    for _ in range(2 * player.has_low_latency):
         player.low_latency_round_trip(large, 1)
     player.round_trip(world, 1)
 
@@ -133,6 +138,132 @@ def masked_with_operations_out(context, seed: int) -> None:
     finish()
     player.set_masks(victim, False)
     player.both_modes(seed)
+
+
+class Replays:
+    """A captured dispatch and combine, replayed with other tokens, and without some ranks."""
+
+    def __init__(self, player: Player, case: Case, seed: int) -> None:
+        torch, size = player.context.backend.torch, player.size
+        self.player, self.turn = player, 0
+        self.worlds = [world_of(case, seed + turn, size) for turn in range(5)]
+        self.arguments = steps.dispatch_arguments(player.context, self.worlds[0])
+        most = max(sum(len(sent.x) for sent in world.sent) for world in self.worlds)
+        self.arguments["num_worst_tokens"] = most + 3
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.current_stream().synchronize()
+        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+            self.result = steps.unpack(player.buffer.dispatch(**self.arguments))
+            self.combined, _, _ = player.buffer.combine(self.result.x, self.result.handle)
+
+    def play(self, lost: Ranks = frozenset()) -> None:
+        world = self.replay()
+        self.verify(world, lost, frozenset(), lost)
+
+    def play_on(self) -> None:
+        """With ranks that may be lost meanwhile."""
+        before = self.player.masked()
+        world = self.replay()
+        candidates = []
+        for fate in fates(before, self.player.masked(), ("whole", "lost", "blank", "absent")):
+            blank = frozenset(rank for rank, f in fate.items() if f == "blank")
+            absent = before | {rank for rank, f in fate.items() if f == "absent"}
+            lost = before | {rank for rank, f in fate.items() if f != "whole"}
+            candidates.append((world, absent, blank, lost))
+        first_that_fits(candidates, self.verify)
+
+    def replay(self) -> World:
+        context, result = self.player.context, self.result
+        world = self.worlds[self.turn % len(self.worlds)]
+        self.turn += 1
+        graphs.update(context, self.arguments, world)
+        graphs.poison(context, result.x, result.topk_idx, result.topk_weights, self.combined)
+        self.graph.replay()
+        return world
+
+    def verify(self, world: World, absent: Ranks, blank: Ranks, lost: Ranks) -> None:
+        """The dispatch has no rows of some ranks, or blank ones; the combine none of `lost`."""
+        view, rank = View(world, absent, blank), self.player.rank
+        # What is sent to a rank that is lost does not come back.
+        own = view.sent[rank]
+        in_rank = own.layout.in_rank.copy()
+        in_rank[:, list(lost)] = False
+        view.sent[rank] = replace(own, layout=replace(own.layout, in_rank=in_rank))
+        graphs.verify(self.player.context, view, self.result, self.combined)
+
+
+def masked_replays(context, seed: int) -> None:
+    """A graph is replayed with all ranks, with one apart, which replays its own, and with all."""
+    player, victim = shrinking(context), seed % context.size
+    replays = Replays(player, REPLAYED, seed)
+    for _ in range(2):
+        replays.play()
+    player.set_masks(victim, True)
+    for _ in range(3):
+        replays.play(player.masked())
+    player.set_masks(victim, False)
+    player.both_modes(seed)  # a call, by which the ranks align their epochs
+    for _ in range(2):
+        replays.play()
+    player.buffer.check()
+
+
+def killed_between_replays(context, victim: int, timeout: float, seed: int) -> None:
+    """With no host in a call, kernels wait for a rank that is missing until time is up, once."""
+    player = shrinking(context, timeout=timeout)
+    replays = Replays(player, REPLAYED, seed)
+    replays.play()
+    player.expect_masked()
+    if context.rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replays.play(frozenset([victim]))
+    start = time.monotonic()
+    for _ in range(3):
+        replays.play(frozenset([victim]))
+    assert time.monotonic() - start < timeout, "a rank that is lost is waited for again"
+    player.expect_masked(victim)
+    player.both_modes(seed)
+    player.buffer.check()
+
+
+def killed_in_replays(context, victim: int, timeout: float, seed: int) -> None:
+    """The test kills the victim in a stream of large replays, at no agreed moment."""
+    player = shrinking(context, timeout=timeout)
+    replays = Replays(player, CASES["rings"], seed)
+    turn = 0
+    while victim not in player.masked():
+        replays.play_on()
+        turn += 1
+        if context.rank == victim and turn == 2:
+            context.report("at work")
+    # As in killed_in_operations().
+    context.report(turn)
+    last = context.receive()
+    for _ in range(turn, last + 2):
+        replays.play(frozenset([victim]))
+    player.both_modes(seed)
+    player.expect_masked(victim)
+
+
+def late_for_a_replay(context, timeout: float, seed: int) -> None:
+    """A rank comes when the others have gone on without it: it learns so, and harms nobody."""
+    player, victim = shrinking(context, timeout=timeout), seed % context.size
+    replays = Replays(player, REPLAYED, seed)
+    replays.play()
+    if context.rank == victim:
+        threading.Event().wait(1.5 * timeout)
+    start = time.monotonic()
+    replays.play(frozenset(player.others if context.rank == victim else [victim]))
+    if context.rank == victim:
+        assert time.monotonic() - start < timeout, "nobody is waited for who has parted"
+    player.expect_masked(*(player.others if context.rank == victim else [victim]))
+    player.set_masks(victim, False)
+    player.both_modes(seed)
+    replays.play()
+    player.expect_masked()
+
+
+REPLAYED = Case("replayed", tokens=(20, 7, 33, 5))
 
 
 def shrinking(context, **options) -> Player:
@@ -163,7 +294,7 @@ def work(player: Player, operations: int, seed: int, victim: int | None = None) 
         if kind == 0:
             player.again(got, turn)
             player.combine(got, turn)
-        elif kind == 1:
+        elif kind == 1 and player.has_low_latency:
             world = ll.world_of(LOW_LATENCY, seed + turn, size)
             out = [player.low_latency_dispatch(world, t, later=True) for t in (0, 1)]
             for _, finish in out:
@@ -240,8 +371,9 @@ def stopped(context, victim: int, timeout: float, seed: int) -> None:
     """A rank is stopped beyond the timeout; continued, it is alone, and harms nobody."""
     player = shrinking(context, timeout=timeout)
     worlds = [world_of(PLAIN.but(source="arena"), seed + n, context.size) for n in range(3)]
+    low = [ll.world_of(LOW_LATENCY, seed + n, context.size) for n in range(6)]
     kept = player.round_trip(worlds[0])
-    fetched = player.low_latency_round_trip(ll.world_of(LOW_LATENCY, seed, context.size))
+    fetched = player.low_latency_round_trip(low[0]) if player.has_low_latency else None
     context.report("ready")
     context.receive()
     if context.rank == victim:
@@ -250,7 +382,8 @@ def stopped(context, victim: int, timeout: float, seed: int) -> None:
     got = [kept]
     for turn, world in enumerate(worlds * 2):
         got.append(player.round_trip(world, turn))
-        player.low_latency_round_trip(ll.world_of(LOW_LATENCY, seed + turn, context.size))
+        if player.has_low_latency:
+            player.low_latency_round_trip(low[turn])
     player.expect_masked(*(player.others if context.rank == victim else [victim]))
     context.report("apart")
     context.receive()  # all are through, the one that was stopped as well
@@ -259,7 +392,8 @@ def stopped(context, victim: int, timeout: float, seed: int) -> None:
             assert array is not None
         steps.verify_rows(context, each.view, each.result)
         steps.verify_topk(context, each.view, each.result)
-    ll.verify_dispatch(context, fetched.view, fetched.result)
+    if fetched is not None:
+        ll.verify_dispatch(context, fetched.view, fetched.result)
     player.buffer.destroy()
 
 
@@ -303,7 +437,8 @@ def refusals(context, seed: int) -> None:
     player.set_masks(victim, True)
     world = world_of(PLAIN, seed, context.size)
     low = ll.world_of(LOW_LATENCY, seed, context.size)
-    got, fetched = player.round_trip(world), player.low_latency_round_trip(low)
+    got = player.round_trip(world)
+    fetched = player.low_latency_round_trip(low) if player.has_low_latency else None
     short = {"num_tokens_per_rank": np.zeros(context.size + 1, np.int32)}
     wrong = {
         "dispatch": lambda bad: steps.dispatch(context, player.buffer, world, **bad),
@@ -320,6 +455,8 @@ def refusals(context, seed: int) -> None:
         "low-latency combine": {"topk_weights": np.zeros((1, 1), np.float64)},
     }
     for name, call in wrong.items():
+        if name.startswith("low-latency") and fetched is None:
+            continue
         if context.rank == victim:
             if name == "dispatch":
                 player.dispatch(world)
@@ -405,7 +542,11 @@ class Soak:
         self.done = 0
 
     def run(self, operations: int) -> int:
-        choices = [self.dispatch, self.again, self.combine, self.send_dispatch, self.send_combine]
+        choices = [self.dispatch, self.again, self.combine]
+        if self.player.has_low_latency:
+            choices += [self.send_dispatch, self.send_combine]
+        odds = np.array([0.2, 0.15, 0.2, 0.25, 0.2][: len(choices)])
+        odds /= odds.sum()
         for turn in range(operations):
             if self.own.random() < 0.05:
                 time.sleep(self.own.exponential(0.001))
@@ -413,7 +554,7 @@ class Soak:
                 self.die()
             if self.rng.random() < 0.02:
                 self.part_or_meet(turn)
-            choices[int(self.rng.choice(5, p=[0.2, 0.15, 0.2, 0.25, 0.2]))](turn)
+            choices[int(self.rng.choice(len(choices), p=odds))](turn)
             self.done += 1
         self.receive(0)
         return self.done
