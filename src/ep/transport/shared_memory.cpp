@@ -394,9 +394,14 @@ void SharedMemory::waitAsleep(const std::function<bool()>& ready,
     slice = std::min<std::chrono::nanoseconds>(slice * 2, kLastSlice);
     const auto now = Clock::now();
     lookAtPeers();
-    // What a peer did before it failed counts: it is looked for once more.
     if (ready()) return;
-    handleFailures(missing());
+    try {
+      handleFailures(missing());
+    } catch (const PeerFailure&) {
+      // What a peer did before it failed counts: it is looked for once more.
+      if (ready()) return;
+      throw;
+    }
     // Nothing is left to wait for if those that were waited for have just been masked.
     if (ready()) return;
     if (now - start >= timeout_) {

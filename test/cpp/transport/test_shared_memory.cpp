@@ -268,6 +268,23 @@ TEST_CASE("what a rank did before it went counts") {
   }
 }
 
+TEST_CASE("what a rank did counts also if it gives up while it is being looked at") {
+  CHECK_NOTHROW(runAsThreads(2, [](Bootstrap& bootstrap) {
+    SharedMemory memory(bootstrap, withTimeout(testing::kLongTimeout));
+    if (memory.rank() == 0) {
+      bool done = false;
+      // Called after the look at what is waited for, and before that at who has failed.
+      const auto doAndGiveUp = [&] {
+        done = true;
+        sharedWord(memory.control(0), ControlMap(2).abortWord(1)).store(3);
+        return Awaited{{1}, "something"};
+      };
+      memory.wait([&] { return done; }, doAndGiveUp);
+    }
+    bootstrap.barrier();
+  }));
+}
+
 TEST_CASE("a rank that nobody waits for may go") {
   for (const Launcher& launcher : kLaunchers) {
     CAPTURE(launcher.name);
