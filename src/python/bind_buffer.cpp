@@ -88,47 +88,39 @@ nb::tuple getDispatchLayout(Buffer& buffer, const View& topkIdx, std::int64_t nu
 
 /// Memory for what a dispatch receives, of each array that it has: in the arena, so that rows
 /// arrive in place. What comes beside the rows themselves is small, and shares a block.
-std::array<std::optional<Tensor>, 4> makeOutputs(Buffer& buffer, const PendingDispatch& pending,
-                                                 const std::array<const View*, 4>& likes) {
+std::array<Tensor, 4> makeOutputs(Buffer& buffer, const PendingDispatch& pending,
+                                  const std::array<const View*, 4>& likes) {
   constexpr std::int64_t kAlignment = 256;
   const std::int64_t rows = pending.numRows();
-  std::array<std::optional<Tensor>, 4> outputs;
-  std::array<std::int64_t, 5> ends{};
-  for (std::size_t i = 0; i < likes.size(); ++i) {
-    ends[i + 1] = ends[i];
+  std::array<Tensor, 4> outputs;
+  outputs[0] = buffer.empty({rows, likes[0]->view.shape[1]}, likes[0]->view.dtype);
+  std::array<std::int64_t, 4> offsets{};
+  std::int64_t bytes = 0;
+  for (std::size_t i = 1; i < likes.size(); ++i) {
     if (likes[i] == nullptr) continue;
     const TensorView& like = likes[i]->view;
-    if (i == 0) {
-      outputs[i] = buffer.empty({rows, like.shape[1]}, like.dtype);
-      continue;
-    }
-    outputs[i].emplace().view = makeView(nullptr, like.dtype, {rows, like.shape[1]}, like.device);
-    const auto bytes = static_cast<std::int64_t>(numBytes(outputs[i]->view));
-    ends[i + 1] += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    TensorView& view = outputs[i].view;
+    view = makeView(nullptr, like.dtype, {rows, like.shape[1]}, like.device);
+    offsets[i] = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    bytes = offsets[i] + static_cast<std::int64_t>(numBytes(view));
   }
-  if (ends.back() == 0) return outputs;
-  const Tensor block = buffer.empty({ends.back()}, DataType::uint8);
+  if (bytes == 0) return outputs;
+  const Tensor block = buffer.empty({bytes}, DataType::uint8);
   for (std::size_t i = 1; i < likes.size(); ++i) {
-    if (!outputs[i]) continue;
-    outputs[i]->view.data = static_cast<std::byte*>(block.view.data) + ends[i];
-    outputs[i]->owner = block.owner;
-    outputs[i]->inArena = block.inArena;
+    outputs[i].view.data = static_cast<std::byte*>(block.view.data) + offsets[i];
+    outputs[i].owner = block.owner;
+    outputs[i].inArena = block.inArena;
   }
   return outputs;
-}
-
-TensorView viewOf(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->view : TensorView{};
 }
 
 /// The rest of a dispatch that `begin` begins: arrays like those given, the handle, and the rows
 /// per local expert, which become objects of Python when the rows are on their way.
 template <typename Begin>
 nb::tuple finished(Buffer& buffer, const std::array<const View*, 4>& likes, const Begin& begin) {
-  std::array<std::optional<Tensor>, 4> outputs;
+  std::array<Tensor, 4> outputs;
   std::vector<std::int64_t> counts;
-  std::optional<DispatchHandle> handle;
-  {
+  const auto finish = [&] {
     const nb::gil_scoped_release release;
     PendingDispatch pending = begin();
     const std::span<const std::int64_t> given = pending.numRecvTokensPerExpert();
@@ -139,11 +131,15 @@ nb::tuple finished(Buffer& buffer, const std::array<const View*, 4>& likes, cons
       buffer.abandonDispatch(std::move(pending), error.what());
       throw;
     }
-    handle = buffer.finishDispatch(std::move(pending), {viewOf(outputs[0]), viewOf(outputs[1]),
-                                                        viewOf(outputs[2]), viewOf(outputs[3])});
-  }
-  return nb::make_tuple(nb::make_tuple(outputs[0], outputs[1], outputs[2], outputs[3]),
-                        std::move(*handle), counts);
+    return buffer.finishDispatch(
+        std::move(pending), {outputs[0].view, outputs[1].view, outputs[2].view, outputs[3].view});
+  };
+  DispatchHandle handle = finish();
+  const auto given = [&](std::size_t i) {
+    return likes[i] != nullptr ? nb::cast(outputs[i]) : nb::none();
+  };
+  return nb::make_tuple(nb::make_tuple(given(0), given(1), given(2), given(3)), std::move(handle),
+                        counts);
 }
 
 nb::tuple dispatch(Buffer& buffer, const View* x, const View* scales, const View* isTokenInRank,

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mscclpp_ep.bench.clock import SpinBarrier
-    from mscclpp_ep.bench.gpu_gate import Gate
 
 Result = TypeVar("Result")
 GpuKey = tuple[str, str, int]  # system, operation, multiprocessors (0: it does not take a number)
@@ -64,7 +63,7 @@ class GpuClock:
         torch: Any,
         device: str,
         barrier: SpinBarrier,
-        gate: Gate,
+        gate: Callable[[], None],
         *,
         warmup: int,
         flush_bytes: int,

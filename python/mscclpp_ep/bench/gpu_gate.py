@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import mscclpp_ep as ep
@@ -13,7 +12,6 @@ if TYPE_CHECKING:
 
 # Of a row, the fewest that all ways of copying take.
 _ELEMENTS = 64
-_ARENA_BYTES = 4 << 20
 
 
 class Gate:
@@ -25,41 +23,22 @@ class Gate:
     the time of one signal.
     """
 
-    def __init__(self, torch: Any, group: ep.Group, device: str, timeout: float) -> None:
-        """Of ranks that are on these devices; collective."""
-        ranks = group.size
-        self._group = group
-        self._device = device
-        self._timeout = timeout
-        self._row: Any = torch.zeros((1, _ELEMENTS), dtype=torch.bfloat16, device=device)
+    def __init__(self, torch: Any, buffer: ep.Buffer) -> None:
+        """By operations of a buffer; collective."""
+        ranks, device = buffer.group_size, buffer.device
+        row: Any = torch.zeros((1, _ELEMENTS), dtype=torch.bfloat16, device=device)
         ones = torch.ones(ranks, dtype=torch.int32, device=device)
-        everywhere = torch.ones((1, ranks), dtype=torch.bool, device=device)
-        self._routing = {
-            "num_tokens_per_rank": ones,
-            "num_tokens_per_expert": ones,
-            "is_token_in_rank": everywhere,
-        }
-        self._connect()
-
-    def _connect(self) -> None:
-        self._buffer = ep.Buffer(
-            self._group, _ARENA_BYTES, device=self._device, timeout=self._timeout
-        )
-        handle = self._buffer.dispatch(self._row, **self._routing)[4]
-        self._enqueue: Callable[[], object] = lambda: self._buffer.dispatch(
-            self._row, handle=handle, config=ep.Config(1)
+        handle = buffer.dispatch(
+            row,
+            num_tokens_per_rank=ones,
+            num_tokens_per_expert=ones,
+            is_token_in_rank=torch.ones((1, ranks), dtype=torch.bool, device=device),
+        )[4]
+        one = ep.Config(1)
+        self._enqueue: Callable[[], object] = lambda: buffer.dispatch(
+            row, handle=handle, config=one
         )
 
     def __call__(self) -> None:
         """On the current stream; collective."""
         self._enqueue()
-
-    def renew(self) -> None:
-        """Goes on, also where some ranks have called it more often; collective."""
-        with contextlib.suppress(ep.Error):
-            self._buffer._core.leave()
-        self._connect()
-
-    def destroy(self) -> None:
-        """Leaves the group; collective."""
-        self._buffer.destroy()

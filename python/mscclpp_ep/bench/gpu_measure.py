@@ -46,10 +46,12 @@ class Attempts:
 
     Attributes:
         failures: the first of each operation of a system.
+        recover: what all ranks do after a failure: some may have made more calls than others.
     """
 
     def __init__(self, group: ep.Group, clock: GpuClock) -> None:
         self.failures: list[CaseFailure] = []
+        self.recover: Callable[[], None] = lambda: None
         self._group = group
         self._clock = clock
 
@@ -71,6 +73,7 @@ class Attempts:
         if failure is None:
             return True
         self.failures.append(failure)
+        self.recover()
         self._clock.discard((system, op, sms))
         return False
 
@@ -84,9 +87,8 @@ class Attempts:
         failed = [rank for rank, (why, _, _) in enumerate(everyone) if why]
         if not failed:
             return None
-        # Some ranks may have come to more barriers and gates than others.
+        # Some ranks may have come to more barriers than others.
         barrier.realign(1 + max(turn for _, _, turn in everyone))
-        self._clock.gate.renew()
         # The others may only have waited for the one that matters.
         rank = min(failed, key=lambda each: everyone[each][0].startswith(_CONSEQUENCES))
         why, trace, _ = everyone[rank]

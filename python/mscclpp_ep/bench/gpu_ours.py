@@ -10,6 +10,7 @@ import mscclpp_ep as ep
 from mscclpp_ep.bench.checks import WrongResultError
 from mscclpp_ep.bench.gpu_calls import Layer, Meter
 from mscclpp_ep.bench.gpu_floor import push
+from mscclpp_ep.bench.gpu_gate import Gate
 from mscclpp_ep.bench.ht import fill, room_of_dispatch
 from mscclpp_ep.bench.ops import (
     CACHED_CHAINED,
@@ -29,7 +30,7 @@ from mscclpp_ep.bench.ops import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from mscclpp_ep.bench.gpu_clock import GpuClock
     from mscclpp_ep.bench.gpu_inputs import Inputs
@@ -42,9 +43,6 @@ TIMEOUT_S = 30.0
 
 class Ours:
     """Measures the library on one rank.
-
-    Results find room in `_buffer`. The arena of `_full` is full of blocks that are held, as by a
-    program that keeps the results of many layers.
 
     Attributes:
         pushes: seconds of plain copies, by multiprocessors.
@@ -59,29 +57,25 @@ class Ours:
         self._device = device
         self._group = group
         self._settings = settings
-        self._held: list[Any] = []
         self._connect()
 
     def _connect(self) -> None:
-        device = self._device
-        room = room_of_dispatch(self._settings.base)
-        self._buffer = ep.Buffer(self._group, device=device, timeout=TIMEOUT_S)
-        self._full = ep.Buffer(self._group, device=device, timeout=TIMEOUT_S, max_arena_bytes=room)
-        fill(self._full, self._held, room, self._torch.uint8)
+        self._buffer = ep.Buffer(self._group, device=self._device, timeout=TIMEOUT_S)
+        self._gate = Gate(self._torch, self._buffer)
 
-    def _renew(self) -> None:
-        """Goes on with other buffers, after an error that may have ended those; collective."""
-        self._held.clear()
-        for buffer in (self._buffer, self._full):
-            with contextlib.suppress(ep.Error):
-                buffer._core.leave()
+    def gate(self) -> None:
+        """Lets the GPUs go on together; collective."""
+        self._gate()
+
+    def renew(self) -> None:
+        """Goes on with another buffer, after an error that may have ended it; collective."""
+        with contextlib.suppress(ep.Error):
+            self._buffer._core.leave()
         self._connect()
 
     def destroy(self) -> None:
         """Leaves the group; collective."""
-        self._held.clear()
         self._buffer.destroy()
-        self._full.destroy()
 
     def measure(
         self, attempts: Attempts, clock: GpuClock, inputs: Inputs, sms: int, iterations: int
@@ -89,8 +83,7 @@ class Ours:
         """Times the operations and checks their results; collective."""
         meter = Meter(clock, inputs, OURS, sms, iterations)
         for op, case in self._cases(meter).items():
-            if not attempts.run(OURS, op, sms, case):
-                self._renew()
+            attempts.run(OURS, op, sms, case)
 
     def measure_floor(self, attempts: Attempts, sms: int) -> None:
         """Times plain copies to the next rank; collective."""
@@ -99,8 +92,7 @@ class Ours:
             seconds = push(self._buffer._core, sms)
             self.pushes.setdefault(sms, []).extend(seconds)
 
-        if not attempts.run(FLOOR, FLOOR, sms, copy):
-            self._renew()
+        attempts.run(FLOOR, FLOOR, sms, copy)
 
     def _layer(self, meter: Meter, buffer: ep.Buffer) -> Layer:
         return Layer(self._torch, buffer, ep.Config(meter.sms), meter, ordered=True)
@@ -139,11 +131,34 @@ class Ours:
         output = meter.inputs.output
         return self._buffer.empty(output.shape, output.dtype)
 
+    @contextlib.contextmanager
+    def _full(self) -> Iterator[ep.Buffer]:
+        """A buffer whose arena is full of blocks that are held, as the results of many layers.
+
+        Only while it is measured: the buffers of a GPU share its multiprocessors.
+        """
+        room = room_of_dispatch(self._settings.base)
+        held: list[Any] = []
+        full = ep.Buffer(self._group, device=self._device, timeout=TIMEOUT_S, max_arena_bytes=room)
+        try:
+            fill(full, held, room, self._torch.uint8)
+            yield full
+        except BaseException:
+            with contextlib.suppress(ep.Error):
+                full._core.leave()
+            raise
+        held.clear()
+        full.destroy()
+
     def _dispatch_without_block(self, meter: Meter) -> None:
-        before = self._full.stats()
+        with self._full() as full:
+            self._measure_without_block(meter, full)
+
+    def _measure_without_block(self, meter: Meter, full: ep.Buffer) -> None:
+        before = full.stats()
         landed, straight = before.landed_rows, before.straight_rows
-        self._layer(meter, self._full).dispatch(NO_BLOCK)
-        after = self._full.stats()
+        self._layer(meter, full).dispatch(NO_BLOCK)
+        after = full.stats()
         if len(meter.inputs.rows) and (
             after.landed_rows == landed or after.straight_rows != straight
         ):

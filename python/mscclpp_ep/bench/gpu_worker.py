@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from mscclpp_ep.bench.cases import Case
 from mscclpp_ep.bench.clock import SpinBarrier
 from mscclpp_ep.bench.gpu_clock import GpuClock, GpuKey, Times
-from mscclpp_ep.bench.gpu_gate import Gate
 from mscclpp_ep.bench.gpu_inputs import Inputs
 from mscclpp_ep.bench.gpu_measure import Attempts, CaseFailure, GpuSystem
 from mscclpp_ep.bench.gpu_ours import TIMEOUT_S, Ours
@@ -102,25 +101,25 @@ class _Worker:
         base, rank = self._settings.base, self._rank
         device = self._describe()
         with rank.join() as group:
+            ours = Ours(self._torch, group, self._settings, self._device)
             clock = GpuClock(
                 self._torch,
                 self._device,
                 SpinBarrier(self._folder / "barrier", rank.index, rank.size),
-                Gate(self._torch, group, self._device, TIMEOUT_S),
+                ours.gate,
                 warmup=base.warmup,
                 flush_bytes=base.flush << 20,
                 patience=_BARRIER_PATIENCE_S,
             )
             sms = self._agree_on_sms(group)
             attempts = Attempts(group, clock)
-            ours = Ours(self._torch, group, self._settings, self._device)
+            attempts.recover = ours.renew
             with self._peers(attempts) as peers:
                 gc.disable()
                 for number, iterations in enumerate(base.rounds()):
                     self._measure_round(number, iterations, sms, attempts, clock, ours, peers)
                     gc.collect()
             ours.destroy()
-            clock.gate.destroy()
         return GpuMeasured(
             sms=sms,
             times=dict(clock.times),

@@ -222,7 +222,8 @@ void CudaBackend::beginCall(const CallOptions& call) {
   users.lookForCapture();
   if (!users.capturing()) buryDead();
   transport_->keepUnshared(users.capturing().has_value());
-  if (losses_ == nullptr) return;
+  // Between the calls of a dispatch it is what the ranks have agreed on.
+  if (losses_ == nullptr || begun_) return;
   if (losses_->aligns() && !users.capturing()) awaitStream();
   context_.gpuEpoch = losses_->epochToTell();
 }
@@ -244,6 +245,7 @@ void CudaBackend::endCall(const CallOptions& call) {
 }
 
 void CudaBackend::examineRouting(DispatchRequest& request) {
+  requireNoDispatch();  // whose plan is the last one, until it is finished
   const CurrentDevice current(device);
   Context now = context(request.call);
   cuda::examineRouting(now, reporter_, placements_.get(*request.placement), request);

@@ -3,6 +3,7 @@
 #ifndef MSCCLPP_EP_CUDA_PLAN_REPORT_HPP_
 #define MSCCLPP_EP_CUDA_PLAN_REPORT_HPP_
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -56,9 +57,11 @@ class PlanReporter {
   /// Makes it large enough for so many, of a dispatch with so many counts in all.
   void reserve(int numRanks, std::int64_t numExperts, std::int64_t numCounts) {
     const ReportMap map(numRanks, numExperts);
-    const Sizes wanted{static_cast<std::size_t>(map.size()), static_cast<std::size_t>(numCounts),
-                       static_cast<std::size_t>(numExperts) + kScratchHead};
-    if (!rooms_.empty() && rooms_.back()->sizes.hold(wanted)) return;
+    const Sizes least = rooms_.empty() ? Sizes{} : rooms_.back()->sizes;
+    const Sizes wanted =
+        least.with({static_cast<std::size_t>(map.size()), static_cast<std::size_t>(numCounts),
+                    static_cast<std::size_t>(numExperts) + kScratchHead});
+    if (wanted == least) return;
     rooms_.push_back(std::make_unique<Room>(wanted));
     doNow([&](cudaStream_t stream) {
       EP_CUDA_TRY(cudaMemsetAsync(scratch(), 0, wanted.scratch * sizeof(std::int32_t), stream),
@@ -82,13 +85,16 @@ class PlanReporter {
 
  private:
   struct Sizes {
-    std::size_t report;
-    std::size_t hostCounts;
-    std::size_t scratch;
+    std::size_t report = 0;
+    std::size_t hostCounts = 0;
+    std::size_t scratch = 0;
 
-    bool hold(const Sizes& other) const {
-      return report >= other.report && hostCounts >= other.hostCounts && scratch >= other.scratch;
+    /// What has room for both.
+    Sizes with(const Sizes& other) const {
+      return {std::max(report, other.report), std::max(hostCounts, other.hostCounts),
+              std::max(scratch, other.scratch)};
     }
+    bool operator==(const Sizes&) const = default;
   };
   struct Room {
     explicit Room(const Sizes& wanted)

@@ -177,10 +177,11 @@ std::shared_ptr<Segment> SharedMemory::findThreadsSegment(int peer, std::uint32_
 void SharedMemory::forgetThreadsSegments() {
   newThreadSegments_ = false;
   for (int peer = 0; peer < size(); ++peer) {
-    if (!isThread(peer) || departed(peer)) continue;
+    if (!isThread(peer)) continue;
     const std::uint64_t owner = at(peer).link.localRank;
-    std::erase_if(at(peer).segments, [owner](const auto& entry) {
-      return SegmentRegistry::find({owner, entry.first}) == nullptr;
+    std::erase_if(at(peer).segments, [&](const auto& entry) {
+      // In this order: a rank says that it goes before it takes its segments away.
+      return SegmentRegistry::find({owner, entry.first}) == nullptr && !departed(peer);
     });
   }
 }

@@ -21,8 +21,9 @@ def test_mistake(ranks, name, seed):
     ranks.check(errors.refused, name, seed)
 
 
-def test_every_rank_makes_a_mistake(ranks, seed):
-    ranks.check(errors.refused_by_all, seed)
+@pytest.mark.parametrize("names", errors.MISTAKES_OF_ALL)
+def test_every_rank_makes_a_mistake(ranks, names, seed):
+    ranks.check(errors.refused_by_all, names, seed)
 
 
 @several

@@ -151,6 +151,11 @@ def dispatch_mistakes() -> list[Bad]:
         "per-rank-disagrees": (
             *(replaced(num_tokens_per_rank=off_by_one), "num_tokens_per_rank", "is_token_in_rank"),
         ),
+        "per-rank-beyond-tokens": (
+            replaced(num_tokens_per_rank=lambda counts: counts + np.int32(1000)),
+            "num_tokens_per_rank",
+            "is_token_in_rank",
+        ),
         "per-expert-missing": (without("num_tokens_per_expert"), "num_tokens_per_expert"),
         "per-expert-long": (
             *(replaced(num_tokens_per_expert=as_type("int64")), "num_tokens_per_expert", "int64"),
@@ -300,10 +305,17 @@ def refused(context, name: str, seed: int) -> None:
     steps.round_trip(context, buffer, mistake.case, seed + 1)
 
 
-def refused_by_all(context, seed: int) -> None:
+# Of the ranks in turn: such as are noticed at once, and such as only a GPU finds out.
+MISTAKES_OF_ALL = {
+    "mixed": ["x-with-gaps", "idx-too-large", "weights-wider"],
+    "in contents": ["per-rank-disagrees", "idx-below-minus-one", "per-expert-disagrees"],
+}
+
+
+def refused_by_all(context, names: str, seed: int) -> None:
     """Every rank makes a mistake of its own, and is told its own."""
-    buffer, names = context.standing(), ["x-with-gaps", "idx-too-large", "weights-wider"]
-    mistake = MISTAKES[names[context.rank % 3]]
+    buffer, mistakes = context.standing(), MISTAKES_OF_ALL[names]
+    mistake = MISTAKES[mistakes[context.rank % len(mistakes)]]
     world = world_of(mistake.case, seed, context.size)
     method, arguments = call_of(context, buffer, world, mistake.call)
     expect_refusal(method, mistake.spoil(arguments), mistake.says)
