@@ -53,7 +53,7 @@ struct Resources {
   OwnedStream stream;
   UserStreams users{stream.get()};
   std::unique_ptr<PeerOrder> peerOrder;
-  Losses* losses = nullptr;  ///< of a buffer that goes on without ranks
+  std::unique_ptr<Losses> losses;  ///< of a buffer that goes on without ranks
 
   /// Of use at any time, also outside of calls.
   MakeFence makeFence() {
@@ -93,8 +93,7 @@ class CudaBackend final : private Resources, public HostBackend {
     const CurrentDevice current(device);
     nextChunk_.write({0});
     if (!options.enableShrink) return;
-    losses_ = std::make_unique<Losses>(*peerOrder, *transport_, arena_);
-    losses = losses_.get();
+    losses = std::make_unique<Losses>(*peerOrder, *transport_, arena_);
     users.beStrict();
   }
   ~CudaBackend() override;
@@ -162,9 +161,9 @@ class CudaBackend final : private Resources, public HostBackend {
   }
   void notice() override {
     peerOrder->throwIfFailed();
-    if (losses_ == nullptr) return;
+    if (losses == nullptr) return;
     const CurrentDevice current(device);
-    losses_->learn();
+    losses->learn();
   }
   void abort() noexcept override { peerOrder->abort(); }
   void settle() override;
@@ -173,9 +172,16 @@ class CudaBackend final : private Resources, public HostBackend {
 
   Context context(const CallOptions& call) {
     return {context_,
-            {device, pool_, stream.get(), isCapturing(stream.get()), peerOrder->arguments(),
-             reporter_.notice(), reporter_.hostCounts(), flags_, packets_, nextChunk_.get(),
-             pollInterrupt_, smsFor(call), losses_.get()}};
+            {device, pool_, stream.get(), isCapturing(stream.get()), orderNow(), reporter_.notice(),
+             reporter_.hostCounts(), flags_, packets_, nextChunk_.get(), pollInterrupt_,
+             smsFor(call), losses.get()}};
+  }
+
+  Order orderNow() const {
+    Order order = peerOrder->arguments();
+    constexpr std::uint32_t kNotZero = 1U << 31;
+    if (losses != nullptr) order.operation = static_cast<std::uint32_t>(context_.epoch) | kNotZero;
+    return order;
   }
 
   /// The kernels of ranks that share the GPU wait for each other, and must all fit on it.
@@ -193,7 +199,6 @@ class CudaBackend final : private Resources, public HostBackend {
   PeerMemory flags_{peerOrder->flags(), PeerOrder::kFlagBytes};
   PeerMemory packets_{peerOrder->packets(), PeerOrder::kPacketBytes};
   DeviceArray<std::uint64_t> nextChunk_{1};
-  std::unique_ptr<Losses> losses_;
 };
 
 /// What this rank still waits for on the GPU ends, and with it what it reads and writes.
@@ -223,16 +228,16 @@ void CudaBackend::beginCall(const CallOptions& call) {
   if (!users.capturing()) buryDead();
   transport_->keepUnshared(users.capturing().has_value());
   // Between the calls of a dispatch it is what the ranks have agreed on.
-  if (losses_ == nullptr || begun_) return;
-  if (losses_->aligns() && !users.capturing()) awaitStream();
-  context_.gpuEpoch = losses_->epochToTell();
+  if (losses == nullptr || begun_) return;
+  if (losses->aligns() && !users.capturing()) awaitStream();
+  context_.gpuEpoch = losses->epochToTell();
 }
 
 /// Orders the stream of operations behind the caller's, and with it what uses memory next: unless a
 /// rank that was lost may write to that.
 void CudaBackend::joinCaller(cudaStream_t callers) {
   users.lookForCapture();
-  if (losses_ == nullptr && !users.capturing() && users.areOnly(callers)) {
+  if (losses == nullptr && !users.capturing() && users.areOnly(callers)) {
     arena_.freeDropped();
     pool_.freeDropped();
   }
@@ -286,7 +291,7 @@ std::vector<std::int64_t> CudaBackend::readCounts(const HandleState& handle) {
 
 void CudaBackend::awaitStream() const {
   const char* what = "work of the buffer failed on the GPU";
-  if (losses_ != nullptr) {
+  if (losses != nullptr) {
     awaitWatching([&] { return isDone(cudaStreamQuery(stream.get()), what); }, pollInterrupt_);
   }
   EP_CUDA_TRY(cudaStreamSynchronize(stream.get()), what);
@@ -302,11 +307,11 @@ void CudaBackend::settle() {
 
 /// What kernels under way are about to lose counts.
 bool CudaBackend::masked(int rank) {
-  if (losses_ == nullptr || inChild()) return HostBackend::masked(rank);
+  if (losses == nullptr || inChild()) return HostBackend::masked(rank);
   const CurrentDevice current(device);
   users.lookForCapture();
   if (!users.capturing()) awaitStream();
-  losses_->learn();
+  losses->learn();
   return HostBackend::masked(rank);
 }
 
@@ -317,7 +322,7 @@ void CudaBackend::setMask(int rank, bool masked) {
   EP_EXPECTS(!users.capturing(), "a graph is captured; mask ranks, or take them in, before that");
   awaitStream();
   HostBackend::setMask(rank, masked);
-  losses_->set(rank, masked);
+  losses->set(rank, masked);
 }
 
 void CudaBackend::check() {
@@ -409,6 +414,8 @@ std::shared_ptr<Backend> makeCudaBackend(Bootstrap& bootstrap, const Admission& 
       options.maxArenaBytes = connecting.segments->available() / 2 / bootstrap.size();
     }
     options.ranksPerDomain = bootstrap.size();
+    // Kernels of a rank that this one waits for may be waiting for another one, twice.
+    if (options.enableShrink) connecting.connect.timeout *= 3;
     trace = openTrace(options, bootstrap, bufferId);
   } catch (const Error& error) {
     declineToConnect(bootstrap, error.what());

@@ -337,7 +337,7 @@ std::vector<CombineLanding> RowReducer::makeLandings() {
   if (auto block = context_.arena.allocate(bytes)) {
     landing_ = std::move(*block);
   } else {
-    if (context_.capturing) context_.arena.keepLanding();
+    context_.settleLanding();
     landing_ = context_.arena.landing(bytes);
   }
   context_.keep(landing_.data);

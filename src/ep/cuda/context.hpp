@@ -28,7 +28,7 @@ struct Movers {
   DevicePool& pool;
   cudaStream_t stream;  ///< on which all of an operation's work is enqueued
   bool capturing;       ///< for a graph, instead of run
-  const Order& order;
+  Order order;
   Notice* notice;            ///< for what goes wrong on the GPU
   std::int32_t* hostCounts;  ///< room for those of a dispatch that was planned; or null
   PeerMemory& flags;         ///< of rows that peers push here
@@ -51,6 +51,12 @@ struct Context : HostContext, Movers {
     if (!mayLose()) return;
     losses->align(gpuEpoch, stream, capturing);
     losses->tell(stream, capturing);
+  }
+
+  /// Before the landing block is used.
+  void settleLanding() const {
+    if (capturing) return arena.keepLanding();
+    if (mayLose()) losses->settleLanding(pollInterrupt);
   }
 
   Device onDevice() const { return {DeviceType::cuda, device}; }

@@ -167,7 +167,7 @@ void RowMover::bindLanding() {
   }
   const LandingMap map = landingMap(plan_.numRows, missing);
   if (map.bytes == 0) return;
-  if (context_.capturing) context_.arena.keepLanding();
+  context_.settleLanding();
   landing_ = context_.arena.landing(map.bytes);
   for (int column = 0; column < kNumColumns; ++column) {
     if (missing[column] == 0) continue;

@@ -21,15 +21,20 @@ __device__ void sendCount(std::uint64_t* place, std::uint64_t epoch, std::int32_
   storeRelaxed(place, packSignal(static_cast<std::uint32_t>(count) + 1, epoch));
 }
 
+/// Whether a rank has no part in it: also one that was masked when a graph was captured.
+__device__ bool isAbsent(const ExchangeArguments& exchange, int rank) {
+  return isLost(exchange.order, rank) || exchange.outgoing[rank] == nullptr;
+}
+
 __device__ void sendCounts(const ExchangeArguments& exchange, std::uint64_t epoch) {
   for (int rank = threadIdx.x; rank < exchange.order.numRanks; rank += blockDim.x) {
-    if (!isLost(exchange.order, rank)) {
+    if (!isAbsent(exchange, rank)) {
       sendCount(exchange.outgoing[rank], epoch, exchange.sent[rank]);
     }
   }
   for (std::int64_t e = threadIdx.x; e < exchange.placement.numExperts; e += blockDim.x) {
     const std::int32_t owner = exchange.placement.owner[e];
-    if (isLost(exchange.order, owner)) continue;
+    if (isAbsent(exchange, owner)) continue;
     std::uint64_t* counts = exchange.outgoing[owner] + 1;
     // A negative count is noticed elsewhere, and would be no packet.
     const std::int32_t count = exchange.perExpert[e] < 0 ? 0 : exchange.perExpert[e];
@@ -41,15 +46,15 @@ __device__ void sendCounts(const ExchangeArguments& exchange, std::uint64_t epoc
 __device__ std::int32_t awaitCount(const ExchangeArguments& exchange, std::uint64_t epoch, int rank,
                                    std::int64_t which) {
   const std::uint64_t* place = exchange.incoming + rank * (1 + exchange.numLocalExperts) + which;
-  if (isLost(exchange.order, rank)) return 0;
+  if (isAbsent(exchange, rank)) return 0;
   Patience patience(exchange.order, epoch, rank);
   std::uint64_t seen = loadRelaxed(place);
   while (!isOf(seen, epoch)) {
-    if (!patience.left()) {
-      giveUp(exchange.order, epoch, Word::firstRow, rank, seen, patience.aborted());
-      return isLost(exchange.order, rank) ? 0 : -1;
-    }
+    const bool left = patience.left();
     seen = loadRelaxed(place);
+    if (left || isOf(seen, epoch)) continue;
+    giveUp(exchange.order, epoch, Word::firstRow, rank, seen, patience.aborted());
+    return isLost(exchange.order, rank) ? 0 : -1;
   }
   return static_cast<std::int32_t>(signalValue(seen) - 1);
 }
@@ -97,7 +102,7 @@ __device__ void placeRows(const ExchangeArguments& exchange, std::uint64_t epoch
   const std::int32_t first = end - rows;
   if (rank == order.rank) {
     exchange.firstRows[rank] = first;
-  } else if (!isLost(order, rank)) {
+  } else if (!isAbsent(exchange, rank)) {
     // All that there is to tell is in the word.
     storeRelaxed(order.peers[rank] + SignalMap(order.numRanks).at(Word::firstRow, order.rank),
                  packSignal(static_cast<std::uint32_t>(first) + 1, epoch));
@@ -139,8 +144,8 @@ __device__ bool receivePlaces(const ExchangeArguments& exchange, std::uint64_t e
   for (int rank = laneIndex(); rank < order.numRanks; rank += kWarpSize) {
     if (rank == order.rank) continue;
     const std::uint64_t word =
-        isLost(order, rank) ? 0 : awaitWord(order, epoch, Word::firstRow, rank);
-    came = came && (word != 0 || isLost(order, rank));
+        isAbsent(exchange, rank) ? 0 : awaitWord(order, epoch, Word::firstRow, rank);
+    came = came && (word != 0 || isAbsent(exchange, rank));
     exchange.firstRows[rank] =
         word != 0 ? static_cast<std::int32_t>(signalValue(word) - 1) : kNoPlace;
   }

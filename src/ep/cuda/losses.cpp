@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "cuda/losses.hpp"
 
+#include "cuda/await.hpp"
+
 namespace mscclpp_ep::cuda {
 
 Losses::Losses(PeerOrder& order, Transport& transport, Arena& arena)
@@ -13,12 +15,21 @@ Losses::Losses(PeerOrder& order, Transport& transport, Arena& arena)
 
 void Losses::learn() {
   endWaits();
+  // What an operation has lost it has told before its end: one that has ended by now has told all.
+  std::size_t numEnded = 0;
+  while (numEnded < operations_.size() && operations_[numEnded].done.passed()) ++numEnded;
   if (learnRanks()) {
     for (const Operation& operation : operations_) quarantine(operation.written);
     quarantine(captured_);
   }
-  // What an operation has lost it has told before its end.
-  while (!operations_.empty() && operations_.front().done.passed()) operations_.pop_front();
+  for (; numEnded > 0; --numEnded) operations_.pop_front();
+}
+
+void Losses::settleLanding(const std::function<void()>& look) {
+  for (const Operation& operation : operations_) {
+    if (operation.written.landing) awaitWatching([&] { return operation.done.passed(); }, look);
+  }
+  learn();
 }
 
 /// True if one of them may still write to this rank's memory.

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <set>
 #include <utility>
@@ -39,6 +40,9 @@ class Losses {
   /// Looks for ranks that have died or given up, while the host waits for the GPU, and ends waits
   /// of kernels for them.
   void watch();
+  /// Waits until the landing block is not written to any more, so that it is known who may still:
+  /// the next operation does not wait for a rank that an earlier one has lost.
+  void settleLanding(const std::function<void()>& look);
   /// An operation has been enqueued.
   void note(PeerWritten written, cudaStream_t stream, bool capturing);
 

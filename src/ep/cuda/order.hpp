@@ -77,6 +77,9 @@ struct Order {
   const std::uint32_t* abort = nullptr;  ///< the host's: not 0 to end all waits
   WaitFailure* failure = nullptr;
   const Shrinking* shrinking = nullptr;  ///< null: a wait in vain ends the buffer
+  /// What `entered` says, not 0: of the hosts' operation, in a buffer that shrinks, whose ranks may
+  /// not all have enqueued the same ones.
+  std::uint32_t operation = 1;
 };
 
 }  // namespace mscclpp_ep::cuda

@@ -33,6 +33,13 @@ __device__ Place placeOf(const EntryArguments& entry, int rank) {
   return place;
 }
 
+/// Whether a peer that has entered is in another operation than this rank.
+__device__ bool isElsewhere(const Order& order, std::uint64_t epoch, int peer) {
+  const std::uint64_t word =
+      loadAcquire(order.own + SignalMap(order.numRanks).at(Word::entered, peer));
+  return isOf(word, epoch) && signalValue(word) != order.operation;
+}
+
 __global__ void __launch_bounds__(kThreads)
     enterKernel(const __grid_constant__ EntryArguments entry) {
   const Order& order = entry.order;
@@ -40,7 +47,8 @@ __global__ void __launch_bounds__(kThreads)
   const std::uint64_t epoch = currentEpoch(order);
   for (int rank = threadIdx.x; rank < order.numRanks; rank += blockDim.x) {
     // One that waited in vain for this rank has said before that it was ready, and is no more.
-    if (rank != order.rank && hasParted(order, epoch, rank)) lose(order, epoch, rank);
+    const bool isOut = hasParted(order, epoch, rank) || isElsewhere(order, epoch, rank);
+    if (rank != order.rank && isOut) lose(order, epoch, rank);
     const Place place = placeOf(entry, rank);
     entry.places.firstRows[rank] = place.firstRow;
     entry.places.numKeptFrom[rank] = place.numKept;

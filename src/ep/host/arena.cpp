@@ -91,12 +91,13 @@ ArenaBlock Arena::landing(std::size_t bytes) {
                               " bytes of arena, more than max_arena_bytes, which is ", maxBytes_));
   }
   if (bytes > landing_.bytes) {
-    if (frozen_) {
+    if (frozen_ && bytes > abandonedBytes_) {
       throw InvalidArgument(cat("the operation needs ", bytes,
                                 " bytes, and after freeze() the landing block has ",
                                 landing_.bytes));
     }
-    const std::size_t wanted = std::min(blockBytes(bytes), alignUp(maxBytes_, kPage));
+    const std::size_t wanted =
+        frozen_ ? abandonedBytes_ : std::min(blockBytes(bytes), alignUp(maxBytes_, kPage));
     if (static_cast<std::int64_t>(wanted) > transport_.shareableBytes()) {
       throw SystemError(cat("the operation needs ", wanted, " bytes of memory, and only ",
                             transport_.shareableBytes(), " are available"));
@@ -111,6 +112,11 @@ ArenaBlock Arena::landing(std::size_t bytes) {
   }
   return {{landing_.data, [owner = landing_.owner](std::byte*) {}},
           {Access::landing, landing_.id, 0}};
+}
+
+void Arena::abandonLanding() {
+  abandonedBytes_ = std::max(abandonedBytes_, landing_.bytes);
+  landing_ = SharedBlock();
 }
 
 ArenaBlock Arena::shareBeside(std::size_t bytes) {

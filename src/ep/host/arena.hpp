@@ -55,7 +55,7 @@ class Arena {
   /// From now on peers can use every landing block, also when it has been replaced by a larger one.
   void keepLanding() { keepsLanding_ = true; }
   /// As quarantine(), for the landing block: the next one is another.
-  void abandonLanding() { landing_ = SharedBlock(); }
+  void abandonLanding();
 
   /// Tells how much an operation would take if it found no block: the landing block will have at
   /// least as much when the arena is frozen.
@@ -84,6 +84,7 @@ class Arena {
   std::map<std::uint32_t, SharedBlock> segments_;
   std::size_t segmentBytes_ = 0;
   SharedBlock landing_;
+  std::size_t abandonedBytes_ = 0;  ///< what a frozen arena may have again
   bool keepsLanding_ = false;
   std::vector<SharedBlock> keptLandings_;
   std::shared_ptr<ReturnedBlocks<BlockRange>> returned_;

@@ -250,6 +250,13 @@ bool SharedMemory::closed(int peer) const {
   return at(peer).control != nullptr && word(peer, ControlMap::closed()).load() != 0;
 }
 
+/// A process that is being ended loses its socket before all else that is its own.
+bool SharedMemory::mayStillWrite(int peer) const {
+  const Peer& other = at(peer);
+  if (!other.gone) return true;
+  return !closed(peer) && other.link.process && !readable(other.link.process.get());
+}
+
 std::string SharedMemory::describe() const {
   return cat(operation_, " (epoch ", epoch_, ") on rank ", rank_);
 }

@@ -46,7 +46,7 @@ class SharedMemory final : public Transport {
   bool masked(int peer) const override { return at(peer).masked; }
   void setMask(int peer, bool masked) override;
   void maskFailed() override;
-  bool mayStillWrite(int peer) const override { return !at(peer).gone; }
+  bool mayStillWrite(int peer) const override;
   void requireNobodyGaveUp() override;
   void giveUp() noexcept override;
   void leave() override;

@@ -103,6 +103,19 @@ TEST_CASE("a frozen arena has room for the largest operation so far") {
   CHECK_THROWS_AS(arena.landing(2 * kMiB), InvalidArgument);
 }
 
+TEST_CASE("a frozen arena has another landing block for one that was abandoned") {
+  Alone alone;
+  Arena arena(*alone.transport, 0, 64 * kMiB);
+  arena.noteOperation(kMiB);
+  arena.freeze();
+  const ArenaBlock lost = arena.landing(kMiB);
+  arena.abandonLanding();
+  const ArenaBlock other = arena.landing(kPage);
+  CHECK(other.address.segment != lost.address.segment);
+  CHECK(arena.landing(kMiB).data.get() == other.data.get());
+  CHECK_THROWS_AS(arena.landing(2 * kMiB), InvalidArgument);
+}
+
 TEST_CASE("the landing block is one, and grows") {
   Alone alone;
   Arena arena(*alone.transport, 0, 8 * kMiB);

@@ -65,9 +65,13 @@ __device__ inline bool isInVain(const Order& order, std::uint64_t epoch, int pee
 /// are looked at now and then only.
 class Patience {
  public:
-  /// With a negative `peer`, there is none.
-  __device__ Patience(const Order& order, std::uint64_t epoch, int peer)
-      : order_(order), epoch_(epoch), deadline_(globalTimer() + order.timeout), peer_(peer) {}
+  /// With a negative `peer`, there is none. `behindOthers`: what is awaited comes from a kernel
+  /// that may be waiting for a rank that is no more; it is given time to find out.
+  __device__ Patience(const Order& order, std::uint64_t epoch, int peer, bool behindOthers = true)
+      : order_(order),
+        epoch_(epoch),
+        deadline_(globalTimer() + order.timeout * (shrinks(order) && behindOthers ? 2 : 1)),
+        peer_(peer) {}
 
   __device__ bool left() {
     if (++polls_ % kPollsBetween != 0) return true;
@@ -112,22 +116,24 @@ __device__ inline void giveUp(const Order& order, std::uint64_t epoch, Word word
 __device__ inline std::uint64_t awaitWord(const Order& order, std::uint64_t epoch, Word word,
                                           int peer) {
   const std::uint64_t* place = order.own + SignalMap(order.numRanks).at(word, peer);
-  Patience patience(order, epoch, peer);
+  Patience patience(order, epoch, peer, word != Word::entered);
   std::uint64_t seen = loadAcquire(place);
   while (!isOf(seen, epoch)) {
-    if (!patience.left()) {
-      giveUp(order, epoch, word, peer, seen, patience.aborted());
-      return 0;
-    }
+    const bool left = patience.left();
+    // What a peer did before it ended counts: it is looked for once more.
     seen = loadAcquire(place);
+    if (left || isOf(seen, epoch)) continue;
+    giveUp(order, epoch, word, peer, seen, patience.aborted());
+    return 0;
   }
   return seen;
 }
 
 /// Raises a word at all peers that are not lost. Called by a warp.
 __device__ inline void raiseAll(const Order& order, std::uint64_t epoch, Word word) {
+  const std::uint32_t value = word == Word::entered ? order.operation : 1;
   for (int peer = laneIndex(); peer < order.numRanks; peer += kWarpSize) {
-    if (peer != order.rank && !isLost(order, peer)) raise(order, epoch, word, peer, 1);
+    if (peer != order.rank && !isLost(order, peer)) raise(order, epoch, word, peer, value);
   }
 }
 

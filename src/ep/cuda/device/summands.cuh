@@ -129,10 +129,9 @@ __device__ inline bool awaitLanded(const Order& order, std::uint64_t epoch,
   if (hasLanded(summand, epoch)) return true;
   Patience patience(order, epoch, summand.rank);
   while (!hasLanded(summand, epoch)) {
-    if (!patience.left()) {
-      failToLand(order, epoch, summand, patience.aborted());
-      return false;
-    }
+    if (patience.left() || hasLanded(summand, epoch)) continue;
+    failToLand(order, epoch, summand, patience.aborted());
+    return false;
   }
   return true;
 }
@@ -147,7 +146,7 @@ __device__ inline unsigned awaitLanes(const Order& order, std::uint64_t epoch, c
   Patience patience(order, epoch, mine.rank);
   while (((landed = look()) & lanes) != lanes) {
     const bool misses = ((lanes & ~landed) >> laneIndex() & 1u) != 0;
-    const bool givesUp = !patience.left() && misses;
+    const bool givesUp = !patience.left() && misses && !hasLanded(mine, epoch);
     if (!__any_sync(kAllLanes, givesUp)) continue;
     if (givesUp) failToLand(order, epoch, mine, patience.aborted());
     return 0;

@@ -31,7 +31,7 @@ __device__ inline std::uint64_t beginVisit(const Order& order) {
       if (peer != first) words = order.peers[peer];
       if (peer == order.rank || isLost(order, peer)) continue;
       storeRelaxed(words + SignalMap(order.numRanks).at(Word::entered, order.rank),
-                   packSignal(1, epoch));
+                   packSignal(order.operation, epoch));
     }
   }
   return __syncthreads_and(epoch != 0) != 0 ? epoch : 0;
