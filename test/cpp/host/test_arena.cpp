@@ -226,6 +226,25 @@ TEST_CASE("blocks that were dropped are used again when their fence has passed")
   CHECK_FALSE(take());
 }
 
+TEST_CASE("what was dropped can be made free at once, but not what waits for a fence") {
+  Alone alone;
+  Gate gate;
+  Arena arena(*alone.transport, 8 * kMiB, 8 * kMiB, gate.maker());
+  const auto take = [&] { return arena.allocate(4 * kMiB); };
+  auto first = take();
+  auto second = take();
+  const std::byte* const place = second->data.get();
+  first.reset();
+  CHECK_FALSE(take());  // which makes a fence
+  second.reset();
+  arena.freeDropped();
+  const auto again = take();
+  REQUIRE(again);
+  CHECK(again->data.get() == place);
+  CHECK_FALSE(take());
+  CHECK(gate.made == 1);
+}
+
 TEST_CASE("while there can be no fence, what was dropped waits for one") {
   Alone alone;
   Gate gate;
