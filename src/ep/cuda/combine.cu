@@ -72,14 +72,8 @@ void sumRowsOf(const SumArguments& arguments, int numSms, cudaStream_t stream) {
 
 void sumRows(const SumArguments& arguments, int numSms, cudaStream_t stream) {
   if (canSumInBulk(arguments)) return sumRowsInBulk(arguments, numSms, stream);
-  switch (arguments.dtype) {
-    case DataType::bfloat16:
-      return sumRowsOf<Bfloat16Element>(arguments, numSms, stream);
-    case DataType::float16:
-      return sumRowsOf<Float16Element>(arguments, numSms, stream);
-    default:
-      return sumRowsOf<Float32Element>(arguments, numSms, stream);
-  }
+  withElement(arguments.dtype,
+              [&]<class Element>(Element) { sumRowsOf<Element>(arguments, numSms, stream); });
 }
 
 }  // namespace mscclpp_ep::cuda

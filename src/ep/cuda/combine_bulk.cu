@@ -87,14 +87,8 @@ bool canSumInBulk(const SumArguments& arguments) {
 }
 
 void sumRowsInBulk(const SumArguments& arguments, int numSms, cudaStream_t stream) {
-  switch (arguments.dtype) {
-    case DataType::bfloat16:
-      return launch<Bfloat16Element>(arguments, numSms, stream);
-    case DataType::float16:
-      return launch<Float16Element>(arguments, numSms, stream);
-    default:
-      return launch<Float32Element>(arguments, numSms, stream);
-  }
+  withElement(arguments.dtype,
+              [&]<class Element>(Element) { launch<Element>(arguments, numSms, stream); });
 }
 
 }  // namespace mscclpp_ep::cuda

@@ -197,18 +197,6 @@ void launchBulk(const PushSumArguments& arguments, const PushSumShape& shape, cu
   EP_CUDA_TRY(cudaGetLastError(), "cannot start the kernel that pushes and sums rows");
 }
 
-void launchBulkOf(const PushSumArguments& arguments, const PushSumShape& shape,
-                  cudaStream_t stream) {
-  switch (arguments.sum.dtype) {
-    case DataType::bfloat16:
-      return launchBulk<Bfloat16Element>(arguments, shape, stream);
-    case DataType::float16:
-      return launchBulk<Float16Element>(arguments, shape, stream);
-    default:
-      return launchBulk<Float32Element>(arguments, shape, stream);
-  }
-}
-
 // By plain copies: in every block, some warps push and the others sum.
 
 constexpr int kPlainPushWarps = 8;
@@ -338,17 +326,6 @@ void launchPlainOf(const PushSumArguments& arguments, int blocks, cudaStream_t s
   }
 }
 
-void launchPlainOf(const PushSumArguments& arguments, int blocks, cudaStream_t stream) {
-  switch (arguments.sum.dtype) {
-    case DataType::bfloat16:
-      return launchPlainOf<Bfloat16Element>(arguments, blocks, stream);
-    case DataType::float16:
-      return launchPlainOf<Float16Element>(arguments, blocks, stream);
-    default:
-      return launchPlainOf<Float32Element>(arguments, blocks, stream);
-  }
-}
-
 bool canPushInBulk(const PushSumArguments& arguments) {
   const std::int64_t rowBytes =
       arguments.sum.hidden * static_cast<std::int64_t>(itemSize(arguments.sum.dtype));
@@ -359,8 +336,14 @@ bool canPushInBulk(const PushSumArguments& arguments) {
 
 void pushAndSumRows(const PushSumArguments& arguments, int numSms, cudaStream_t stream) {
   const PushSumShape shape = pushSumShape(numSms, arguments.sum.numRanks);
-  if (canPushInBulk(arguments)) return launchBulkOf(arguments, shape, stream);
-  launchPlainOf(arguments, shape.blocks, stream);
+  const DataType dtype = arguments.sum.dtype;
+  if (canPushInBulk(arguments)) {
+    return withElement(
+        dtype, [&]<class Element>(Element) { launchBulk<Element>(arguments, shape, stream); });
+  }
+  withElement(dtype, [&]<class Element>(Element) {
+    launchPlainOf<Element>(arguments, shape.blocks, stream);
+  });
 }
 
 }  // namespace mscclpp_ep::cuda

@@ -163,14 +163,8 @@ void blankLostRows(const BlankArguments& arguments, int numSms, cudaStream_t str
 }
 
 void sumWithoutLost(const PushSumArguments& arguments, int numSms, cudaStream_t stream) {
-  switch (arguments.sum.dtype) {
-    case DataType::bfloat16:
-      return launchSumAgain<Bfloat16Element>(arguments, numSms, stream);
-    case DataType::float16:
-      return launchSumAgain<Float16Element>(arguments, numSms, stream);
-    default:
-      return launchSumAgain<Float32Element>(arguments, numSms, stream);
-  }
+  withElement(arguments.sum.dtype,
+              [&]<class Element>(Element) { launchSumAgain<Element>(arguments, numSms, stream); });
 }
 
 void setLost(const Order& order, int rank, bool lost, cudaStream_t stream) {

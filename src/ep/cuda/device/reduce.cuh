@@ -10,6 +10,7 @@
 #include "core/numeric.hpp"
 #include "cuda/device/ptx.cuh"
 #include "cuda/device/warp.cuh"
+#include "mscclpp_ep/tensor.hpp"
 
 namespace mscclpp_ep::cuda {
 
@@ -51,6 +52,19 @@ struct Float32Element {
     return selectBits(isNanBits(bits), kNan32, bits);
   }
 };
+
+/// Calls `launch` with the element type of rows that are summed: bfloat16, float16 or float32.
+template <class Launch>
+void withElement(DataType dtype, const Launch& launch) {
+  switch (dtype) {
+    case DataType::bfloat16:
+      return launch(Bfloat16Element());
+    case DataType::float16:
+      return launch(Float16Element());
+    default:
+      return launch(Float32Element());
+  }
+}
 
 /// Vectors of each row that a lane sums at a time. With Element::kRowsAhead, the rows that it loads
 /// before it adds the first of them, this is what it has on its way.
