@@ -15,7 +15,7 @@ from conformance.test_failures import (
     leftovers,
 )
 from conformance.test_low_latency_failures import expect_all_well
-from harness.programs import masks
+from harness.programs import masked_graphs, masks
 
 STOPPED_FOR = 2.0
 REPLAY_TIMEOUT = 4.0
@@ -103,7 +103,7 @@ def test_killed_in_large_operations(doomed, seed):
 
 @pytest.mark.gpu_only
 def test_killed_in_large_replays(doomed, seed):
-    kill_at_work(doomed(3), masks.killed_in_replays, REPLAY_TIMEOUT, seed)
+    kill_at_work(doomed(3), masked_graphs.killed_in_replays, REPLAY_TIMEOUT, seed)
 
 
 def kill_at_work(pool, program, timeout: float, seed: int) -> None:
@@ -148,20 +148,20 @@ def test_stopped_in_large_operations(doomed, seed):
 @pytest.mark.gpu_only
 @pytest.mark.ranks(2, 3, modes=("process",))
 def test_graph_with_a_masked_rank(ranks, seed):
-    ranks.check(masks.masked_replays, seed)
+    ranks.check(masked_graphs.masked_replays, seed)
 
 
 @pytest.mark.gpu_only
 @pytest.mark.ranks(2, 3, modes=("process",))
 def test_late_for_a_replay(ranks, seed):
-    ranks.check(masks.late_for_a_replay, REPLAY_TIMEOUT, seed)
+    ranks.check(masked_graphs.late_for_a_replay, REPLAY_TIMEOUT, seed)
 
 
 @pytest.mark.gpu_only
 def test_killed_between_replays(doomed, seed):
     victim = seed % 3
     expect_death_of(
-        victim, doomed(3).run(masks.killed_between_replays, victim, REPLAY_TIMEOUT, seed)
+        victim, doomed(3).run(masked_graphs.killed_between_replays, victim, REPLAY_TIMEOUT, seed)
     )
 
 
