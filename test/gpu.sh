@@ -13,6 +13,8 @@
 #   connection  some of it with CUDA_DEVICE_MAX_CONNECTIONS=1, as Megatron sets it
 #   soak        10,000 operations with random delays by threads, 200 by 8 processes
 #   frameworks  arrays of Torch, CuPy and JAX, and the bench
+#   cpp         the C++ interface, if MSCCLPP_EP_TEST_GPU names the program test_gpu, which CMake
+#               builds with MSCCLPP_EP_BUILD_TESTS in build/*/test
 #   sanitizer   memcheck and racecheck on a small case, if compute-sanitizer is on the PATH
 #   bench       the table of python -m mscclpp_ep bench --device cuda
 #
@@ -81,6 +83,13 @@ phase_soak() {
     CUDA_DEVICE_MAX_CONNECTIONS=2 phase "soak, 8 processes" suite slow 'many_ranks and process-8'
 }
 phase_frameworks() { phase "frameworks" "$python" -m pytest -q test/python_cuda; }
+phase_cpp() {
+    if [ -z "${MSCCLPP_EP_TEST_GPU:-}" ]; then
+        summary+=("$(printf '%-28s %s' C++ 'left out: MSCCLPP_EP_TEST_GPU names no program')")
+        return
+    fi
+    CUDA_DEVICE_MAX_CONNECTIONS=32 phase "C++" "$MSCCLPP_EP_TEST_GPU"
+}
 phase_sanitizer() {
     if ! command -v compute-sanitizer >/dev/null; then
         summary+=("$(printf '%-28s %s' sanitizer 'left out: no compute-sanitizer on the PATH')")
@@ -97,7 +106,7 @@ phase_sanitizer() {
 }
 phase_bench() { phase "bench" "$python" -m mscclpp_ep bench --device cuda; }
 
-[ $# -gt 0 ] || set -- processes threads plain connection soak frameworks sanitizer bench
+[ $# -gt 0 ] || set -- processes threads plain connection soak frameworks cpp sanitizer bench
 for name in "$@"; do
     if ! declare -F "phase_$name" >/dev/null; then
         printf 'no phase "%s"\n' "$name" >&2

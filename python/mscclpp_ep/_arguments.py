@@ -251,19 +251,21 @@ def view(name: str, array: Array | None) -> Any:
     return _imported(_frameworks.view, name, array)
 
 
-def views_of(arrays: dict[str, Array | None]) -> list[Any]:
+def views_of(arrays: dict[str, Array | None]) -> _core.Views:
     """Imports tensors; errors name the argument. Those of Torch without a detour."""
     torch = sys.modules.get("torch")
     tensor: Any = None if torch is None else torch.Tensor
     try:
-        return [
-            _core.View(array)
-            if array is not None and type(array) is tensor and not array.requires_grad
-            else view(name, array)
-            for name, array in arrays.items()
-        ]
+        return _core.Views(
+            [
+                array
+                if array is None or (type(array) is tensor and not array.requires_grad)
+                else view(name, array)
+                for name, array in arrays.items()
+            ]
+        )
     except _core.InvalidArgument:
-        return [view(name, array) for name, array in arrays.items()]
+        return _core.Views([view(name, array) for name, array in arrays.items()])
 
 
 def output_view(name: str, array: Array | None) -> Any:

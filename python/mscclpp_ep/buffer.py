@@ -343,7 +343,7 @@ class Buffer(LowLatencyMethods):
         del num_tokens_per_rdma_rank
         operation = Operation.dispatch if handle is None else Operation.cached_dispatch
 
-        def convert() -> tuple[Framework, Any, int, int, _core.Ordering]:
+        def convert() -> tuple[Framework, _core.Views, int, int, _core.Ordering]:
             check_call(previous_event, async_finish, allocate_on_comm_stream, stream, self.device)
             num_sms = unpack_config(config, Buffer.num_sms)
             rows, scales = unpack_x(x)
@@ -351,11 +351,11 @@ class Buffer(LowLatencyMethods):
             named = {
                 "x": rows,
                 "the scales of x": scales,
+                "topk_idx": topk_idx,
+                "topk_weights": topk_weights,
                 "is_token_in_rank": is_token_in_rank,
                 "num_tokens_per_rank": num_tokens_per_rank,
                 "num_tokens_per_expert": num_tokens_per_expert,
-                "topk_idx": topk_idx,
-                "topk_weights": topk_weights,
             }
             views = views_of(named)
             alignment = integer("expert_alignment", expert_alignment)
@@ -368,24 +368,11 @@ class Buffer(LowLatencyMethods):
             return framework, views, alignment, worst, ordering
 
         framework, views, alignment, worst, ordering = self._or_refuse(operation, convert)
-        rows_view, scales_view, in_rank, per_rank, per_expert, idx, weights = views
-        if handle is None:
-            outputs, finished, counts = self._core.dispatch(
-                rows_view,
-                scales_view,
-                in_rank,
-                per_rank,
-                per_expert,
-                idx,
-                weights,
-                alignment,
-                worst,
-                ordering,
-            )
-        else:
-            outputs, finished, counts = self._core.cached_dispatch(
-                rows_view, scales_view, handle.core, ordering
-            )
+        outputs, finished, counts = (
+            self._core.dispatch(views, alignment, worst, ordering)
+            if handle is None
+            else self._core.cached_dispatch(views, handle.core, ordering)
+        )
         if topk_idx is not None and num_tokens_per_expert is not None:
             experts = int(num_tokens_per_expert.shape[0])
             note_choices(self.rank, self.group_size, experts, topk_idx)
@@ -447,7 +434,7 @@ class Buffer(LowLatencyMethods):
             Timeout: A wait lasted longer than the buffer's `timeout`.
         """
 
-        def convert() -> tuple[Framework, list[_core.View | None], _core.Ordering]:
+        def convert() -> tuple[Framework, _core.Views, _core.Ordering]:
             check_call(previous_event, async_finish, allocate_on_comm_stream, stream, self.device)
             num_sms = unpack_config(config, Buffer.num_sms)
             check_handle(handle)
@@ -457,38 +444,15 @@ class Buffer(LowLatencyMethods):
             views = views_of(named)
             framework = framework_of(x)
             ordering = self._order(framework, previous_event, async_finish, stream, num_sms)
-            if ordering.stream is not None:
-                # Before there is memory for results, which a graph that is captured keeps.
-                self._core.record_stream(ordering.stream)
             return framework, views, ordering
 
         framework, views, ordering = self._or_refuse(Operation.combine, convert)
-        x_view, weights_view, bias0_view, bias1_view = views
-        core = handle.core
-        out, out_weights = self._or_refuse(
-            Operation.combine, lambda: self._combined(core, x_view, weights_view)
-        )
-        self._core.combine(
-            x_view, core, weights_view, bias0_view, bias1_view, out, out_weights, ordering
-        )
+        out, out_weights = self._core.combine(views, handle.core, ordering)
         used = [x, topk_weights, *self._unpack_bias(bias)]
         event = self._finished(framework, async_finish, used)
         combined = framework.export(out, dtype_of(x))
         weights = None if out_weights is None else framework.export(out_weights)
         return combined, weights, event
-
-    def _combined(
-        self,
-        handle: _core.DispatchHandle,
-        x_view: _core.View,
-        weights_view: _core.View | None,
-    ) -> tuple[_core.Tensor, _core.Tensor | None]:
-        def output(imported: _core.View) -> _core.Tensor:
-            # A wrong number of dimensions is left to the library's own checks.
-            columns = imported.shape[1:][-1:]
-            return self._core.empty([handle.num_tokens, *columns], imported.dtype, False)
-
-        return output(x_view), None if weights_view is None else output(weights_view)
 
     # Memory
 

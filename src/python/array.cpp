@@ -86,6 +86,21 @@ View importArray(nb::handle object, std::optional<DataType> dtype) {
   return result;
 }
 
+Views importArrays(const nb::sequence& arrays) {
+  Views views;
+  views.all.reserve(nb::len(arrays));
+  for (const nb::handle array : arrays) {
+    if (array.is_none()) {
+      views.all.emplace_back();
+    } else if (nb::isinstance<View>(array)) {
+      views.all.push_back(nb::cast<const View&>(array));
+    } else {
+      views.all.push_back(importArray(array, std::nullopt));
+    }
+  }
+  return views;
+}
+
 nb::object exportTensor(const Tensor& tensor, const char* framework) {
   if (std::strcmp(framework, "numpy") == 0) {
     return exportTo<nb::numpy>(tensor, numpyType(tensor.view.dtype));

@@ -7,6 +7,7 @@
 #include <nanobind/ndarray.h>
 
 #include <optional>
+#include <vector>
 
 #include "mscclpp_ep/tensor.hpp"
 
@@ -24,6 +25,16 @@ struct View {
 /// Imports an object by DLPack. `dtype` overrides what DLPack says, for types that the framework
 /// cannot export and passes as integers of the same size. Throws InvalidArgument.
 View importArray(nb::handle object, std::optional<DataType> dtype);
+
+/// The tensors of a call, in an order that it knows; those left out have views of no dimensions.
+struct Views {
+  std::vector<View> all;
+
+  const TensorView& operator[](std::size_t i) const { return all.at(i).view; }
+};
+
+/// Imports a sequence of tensors, of which some may have been imported before, or be None.
+Views importArrays(const nb::sequence& arrays);
 
 /// Exports to "numpy", "torch" or "dlpack" (any framework with from_dlpack). NumPy gets types that
 /// it does not know as integers of the same size.

@@ -29,9 +29,6 @@ void pollSignals() {
   if (PyErr_CheckSignals() != 0) throw nb::python_error();
 }
 
-TensorView viewOf(const View* view) { return view == nullptr ? TensorView{} : view->view; }
-TensorView viewOf(const Tensor* tensor) { return tensor == nullptr ? TensorView{} : tensor->view; }
-
 /// How a call is ordered: an argument of those that enqueue work.
 struct Ordering {
   Ordering(std::optional<std::uintptr_t> stream, std::optional<Event> previous, bool async,
@@ -89,16 +86,16 @@ nb::tuple getDispatchLayout(Buffer& buffer, const View& topkIdx, std::int64_t nu
 /// Memory for what a dispatch receives, of each array that it has: in the arena, so that rows
 /// arrive in place. What comes beside the rows themselves is small, and shares a block.
 std::array<Tensor, 4> makeOutputs(Buffer& buffer, const PendingDispatch& pending,
-                                  const std::array<const View*, 4>& likes) {
+                                  const std::array<TensorView, 4>& likes) {
   constexpr std::int64_t kAlignment = 256;
   const std::int64_t rows = pending.numRows();
   std::array<Tensor, 4> outputs;
-  outputs[0] = buffer.empty({rows, likes[0]->view.shape[1]}, likes[0]->view.dtype);
+  outputs[0] = buffer.empty({rows, likes[0].shape[1]}, likes[0].dtype);
   std::array<std::int64_t, 4> offsets{};
   std::int64_t bytes = 0;
   for (std::size_t i = 1; i < likes.size(); ++i) {
-    if (likes[i] == nullptr) continue;
-    const TensorView& like = likes[i]->view;
+    const TensorView& like = likes[i];
+    if (!like) continue;
     TensorView& view = outputs[i].view;
     view = makeView(nullptr, like.dtype, {rows, like.shape[1]}, like.device);
     offsets[i] = (bytes + kAlignment - 1) / kAlignment * kAlignment;
@@ -117,7 +114,7 @@ std::array<Tensor, 4> makeOutputs(Buffer& buffer, const PendingDispatch& pending
 /// The rest of a dispatch that `begin` begins: arrays like those given, the handle, and the rows
 /// per local expert, which become objects of Python when the rows are on their way.
 template <typename Begin>
-nb::tuple finished(Buffer& buffer, const std::array<const View*, 4>& likes, const Begin& begin) {
+nb::tuple finished(Buffer& buffer, const std::array<TensorView, 4>& likes, const Begin& begin) {
   std::array<Tensor, 4> outputs;
   std::vector<std::int64_t> counts;
   const auto finish = [&] {
@@ -135,44 +132,66 @@ nb::tuple finished(Buffer& buffer, const std::array<const View*, 4>& likes, cons
         std::move(pending), {outputs[0].view, outputs[1].view, outputs[2].view, outputs[3].view});
   };
   DispatchHandle handle = finish();
-  const auto given = [&](std::size_t i) {
-    return likes[i] != nullptr ? nb::cast(outputs[i]) : nb::none();
-  };
+  const auto given = [&](std::size_t i) { return likes[i] ? nb::cast(outputs[i]) : nb::none(); };
   return nb::make_tuple(nb::make_tuple(given(0), given(1), given(2), given(3)), std::move(handle),
                         counts);
 }
 
-nb::tuple dispatch(Buffer& buffer, const View* x, const View* scales, const View* isTokenInRank,
-                   const View* numTokensPerRank, const View* numTokensPerExpert,
-                   const View* topkIdx, const View* topkWeights, std::int64_t expertAlignment,
+/// Of the tensors of DispatchInputs, in their order.
+nb::tuple dispatch(Buffer& buffer, const Views& given, std::int64_t expertAlignment,
                    std::int64_t numWorstTokens, const Ordering& ordering) {
-  const DispatchInputs inputs{viewOf(x),
-                              viewOf(scales),
-                              viewOf(topkIdx),
-                              viewOf(topkWeights),
-                              viewOf(isTokenInRank),
-                              viewOf(numTokensPerRank),
-                              viewOf(numTokensPerExpert)};
+  const DispatchInputs inputs{given[0], given[1], given[2], given[3], given[4], given[5], given[6]};
   const DispatchOptions options{.expertAlignment = expertAlignment,
                                 .numWorstTokens = numWorstTokens};
-  return finished(buffer, {x, scales, topkIdx, topkWeights},
+  return finished(buffer, {inputs.x, inputs.scales, inputs.topkIdx, inputs.topkWeights},
                   [&] { return buffer.beginDispatch(inputs, options, ordering.call); });
 }
 
-nb::tuple cachedDispatch(Buffer& buffer, const View* x, const View* scales,
-                         const DispatchHandle& handle, const Ordering& ordering) {
+/// Of x and scales.
+nb::tuple cachedDispatch(Buffer& buffer, const Views& given, const DispatchHandle& handle,
+                         const Ordering& ordering) {
   DispatchInputs inputs;
-  inputs.x = viewOf(x);
-  inputs.scales = viewOf(scales);
-  return finished(buffer, {x, scales, nullptr, nullptr},
+  inputs.x = given[0];
+  inputs.scales = given[1];
+  return finished(buffer, {inputs.x, inputs.scales, {}, {}},
                   [&] { return buffer.beginCachedDispatch(inputs, handle, ordering.call); });
 }
 
-void combine(Buffer& buffer, const View* x, const DispatchHandle& handle, const View* topkWeights,
-             const View* bias0, const View* bias1, const Tensor* out, const Tensor* outWeights,
-             const Ordering& ordering) {
-  buffer.combine({viewOf(x), viewOf(topkWeights), viewOf(bias0), viewOf(bias1)}, handle,
-                 {viewOf(out), viewOf(outWeights)}, ordering.call);
+/// A sum for each token. A wrong number of dimensions is left to the library's own checks.
+Tensor makeSums(Buffer& buffer, const DispatchHandle& handle, const TensorView& rows) {
+  const std::int64_t shape[] = {handle.numTokens(), rows.shape[std::max(rows.ndim - 1, 0)]};
+  return buffer.emptyLocal(std::span(shape, rows.ndim > 1 ? 2 : 1), rows.dtype);
+}
+
+/// What the caller has to be told of is not what becomes of it.
+void refuseQuietly(Buffer& buffer, Operation operation, const char* why) {
+  try {
+    buffer.refuse(operation, why);
+  } catch (const Error&) {
+    // Expected: the buffer has failed, which its next call reports.
+  }
+}
+
+/// Of the tensors of CombineInputs, in their order: the sums of the first two.
+nb::tuple combine(Buffer& buffer, const Views& given, const DispatchHandle& handle,
+                  const Ordering& ordering) {
+  Tensor out;
+  std::optional<Tensor> outWeights;
+  {
+    const nb::gil_scoped_release release;
+    try {
+      // Before there is memory for results, which a graph that is captured keeps.
+      if (ordering.call.stream.given()) buffer.recordStream(ordering.call.stream);
+      out = makeSums(buffer, handle, given[0]);
+      if (given[1]) outWeights = makeSums(buffer, handle, given[1]);
+    } catch (const std::exception& error) {
+      refuseQuietly(buffer, Operation::combine, error.what());
+      throw;
+    }
+    buffer.combine({given[0], given[1], given[2], given[3]}, handle,
+                   {out.view, outWeights ? outWeights->view : TensorView{}}, ordering.call);
+  }
+  return nb::make_tuple(out, outWeights);
 }
 
 Tensor empty(Buffer& buffer, const std::vector<std::int64_t>& shape, DataType dtype, bool arena,
@@ -231,16 +250,11 @@ void bindOperations(nb::class_<Buffer>& buffer) {
   buffer
       .def("get_dispatch_layout", &getDispatchLayout, nb::arg("topk_idx"), nb::arg("num_experts"),
            nb::arg("ordering"))
-      .def("dispatch", &dispatch, nb::arg("x").none(), nb::arg("scales").none(),
-           nb::arg("is_token_in_rank").none(), nb::arg("num_tokens_per_rank").none(),
-           nb::arg("num_tokens_per_expert").none(), nb::arg("topk_idx").none(),
-           nb::arg("topk_weights").none(), nb::arg("expert_alignment"), nb::arg("num_worst_tokens"),
+      .def("dispatch", &dispatch, nb::arg("given"), nb::arg("expert_alignment"),
+           nb::arg("num_worst_tokens"), nb::arg("ordering"))
+      .def("cached_dispatch", &cachedDispatch, nb::arg("given"), nb::arg("handle"),
            nb::arg("ordering"))
-      .def("cached_dispatch", &cachedDispatch, nb::arg("x").none(), nb::arg("scales").none(),
-           nb::arg("handle"), nb::arg("ordering"))
-      .def("combine", &combine, nb::arg("x").none(), nb::arg("handle"),
-           nb::arg("topk_weights").none(), nb::arg("bias0").none(), nb::arg("bias1").none(),
-           nb::arg("out"), nb::arg("out_weights").none(), nb::arg("ordering"), Release())
+      .def("combine", &combine, nb::arg("given"), nb::arg("handle"), nb::arg("ordering"))
       .def(
           "refuse",
           [](Buffer& self, Operation operation, const std::string& why) {

@@ -42,6 +42,11 @@ void bindTensors(nb::module_& m) {
       .def_prop_ro("dtype", [](const View& view) { return view.view.dtype; })
       .def_prop_ro("shape", [](const View& view) { return shapeOf(view.view); })
       .def("__repr__", [](const View& view) { return toString(view.view); });
+  nb::class_<Views>(m, "Views", "The tensors of a call.")
+      .def(
+          "__init__",
+          [](Views* self, const nb::sequence& arrays) { new (self) Views(importArrays(arrays)); },
+          nb::arg("arrays"));
   nb::class_<Tensor>(m, "Tensor", "Memory of a buffer.")
       .def(
           "export",

@@ -43,6 +43,8 @@ struct Signature {
   std::uint32_t exact = 0;
   std::uint32_t logfmt = 0;
   std::uint32_t countsOnGpu = 0;  ///< not exchanged by the hosts
+
+  bool operator==(const Signature&) const = default;
 };
 
 /// The arrays that a dispatch fills at the receiver, one element a row.

@@ -2,6 +2,7 @@
 #include "host/backend.hpp"
 
 #include <algorithm>
+#include <optional>
 
 #include "cuda/await.hpp"
 #include "cuda/combine.hpp"
@@ -122,6 +123,7 @@ class CudaBackend final : private Resources, public HostBackend {
     const CurrentDevice current(device);
     users.lookForCapture();
     if (users.capturing()) return;
+    join();
     orderStreams(handleOf(user), stream.get());
     users.remove(handleOf(user));
   }
@@ -141,11 +143,13 @@ class CudaBackend final : private Resources, public HostBackend {
                                               const DispatchPlan& plan,
                                               const DispatchOutputs& outputs) override {
     const CurrentDevice current(device);
+    join();
     Context now = context(request.call);
     return cuda::moveRows(now, placements_.get(*request.placement), request, plan, outputs);
   }
   void combineRows(const CombineRequest& request) override {
     const CurrentDevice current(device);
+    join();
     Context now = context(request.call);
     cuda::combineRows(now, request);
   }
@@ -168,14 +172,20 @@ class CudaBackend final : private Resources, public HostBackend {
   void abort() noexcept override { peerOrder->abort(); }
   void settle() override;
   void awaitStream() const;
-  void joinCaller(cudaStream_t callers);
+  bool isCallersOnly() const;
+  bool canPlanOnCallers(const CallOptions& call) const;
+  void freeDropped();
+  void join();
 
   Context context(const CallOptions& call) {
     return {context_,
-            {device, pool_, stream.get(), isCapturing(stream.get()), orderNow(), reporter_.notice(),
+            {device, pool_, stream.get(), isCaptured(), orderNow(), reporter_.notice(),
              reporter_.hostCounts(), flags_, packets_, nextChunk_.get(), pollInterrupt_,
              smsFor(call), losses.get()}};
   }
+
+  /// Whether the stream of operations is, which it never is alone.
+  bool isCaptured() const { return users.capturing().has_value() && isCapturing(stream.get()); }
 
   Order orderNow() const {
     Order order = peerOrder->arguments();
@@ -199,6 +209,8 @@ class CudaBackend final : private Resources, public HostBackend {
   PeerMemory flags_{peerOrder->flags(), PeerOrder::kFlagBytes};
   PeerMemory packets_{peerOrder->packets(), PeerOrder::kPacketBytes};
   DeviceArray<std::uint64_t> nextChunk_{1};
+  std::optional<cudaStream_t> toJoin_;  ///< a caller's, behind which operations are yet to be put
+  std::optional<cudaStream_t> behind_;  ///< a caller's that is behind all operations
 };
 
 /// What this rank still waits for on the GPU ends, and with it what it reads and writes.
@@ -219,12 +231,18 @@ void CudaBackend::beginCall(const CallOptions& call) {
   const CurrentDevice current(device);
   users.add(handleOf(call.stream));
   users.allowWaiting(!call.previous.has_value());
+  if (toJoin_) join();  // a dispatch is begun and not finished
   if (call.previous) {
     call.previous->wait(commStream());
   } else {
-    joinCaller(handleOf(call.stream));
+    toJoin_ = handleOf(call.stream);
   }
   users.lookForCapture();
+  if (users.capturing() && toJoin_) {
+    join();
+    users.lookForCapture();  // of which graph the operations are a part
+  }
+  freeDropped();
   if (!users.capturing()) buryDead();
   transport_->keepUnshared(users.capturing().has_value());
   // Between the calls of a dispatch it is what the ranks have agreed on.
@@ -233,27 +251,54 @@ void CudaBackend::beginCall(const CallOptions& call) {
   context_.gpuEpoch = losses->epochToTell();
 }
 
-/// Orders the stream of operations behind the caller's, and with it what uses memory next: unless a
-/// rank that was lost may write to that.
-void CudaBackend::joinCaller(cudaStream_t callers) {
-  users.lookForCapture();
-  if (losses == nullptr && !users.capturing() && users.areOnly(callers)) {
-    arena_.freeDropped();
-    pool_.freeDropped();
+/// Whether memory is used by the caller's stream only, behind which the stream of operations is
+/// about to be: and not by ranks that were lost.
+bool CudaBackend::isCallersOnly() const {
+  return losses == nullptr && toJoin_ && !users.capturing() && users.areOnly(*toJoin_);
+}
+
+void CudaBackend::freeDropped() {
+  if (!isCallersOnly()) return;
+  arena_.freeDropped();
+  pool_.freeDropped();
+}
+
+/// Orders the stream of operations behind the caller's: before something is enqueued there, which
+/// no stream is behind any more.
+void CudaBackend::join() {
+  behind_.reset();
+  if (const auto callers = std::exchange(toJoin_, std::nullopt)) {
+    orderStreams(*callers, stream.get());
   }
-  orderStreams(callers, stream.get());
+}
+
+/// If the caller's stream is behind all operations, a plan can come next on it, and the streams be
+/// ordered while the GPU is at work. A stream that others may have this handle of, or of which a
+/// graph may be running, is not known to be behind.
+bool CudaBackend::canPlanOnCallers(const CallOptions& call) const {
+  return !call.async && isCallersOnly() && behind_ == toJoin_ && !users.everCaptured();
 }
 
 void CudaBackend::endCall(const CallOptions& call) {
   const CurrentDevice current(device);
-  if (!call.async) orderStreams(stream.get(), handleOf(call.stream));
+  join();
+  if (call.async) return;
+  const cudaStream_t callers = handleOf(call.stream);
+  orderStreams(stream.get(), callers);
+  // Of each thread, the latter is another stream.
+  if (!users.capturing() && callers != cudaStreamPerThread) behind_ = callers;
 }
 
 void CudaBackend::examineRouting(DispatchRequest& request) {
   requireNoDispatch();  // whose plan is the last one, until it is finished
   const CurrentDevice current(device);
+  const bool onCallers = canPlanOnCallers(request.call);
+  if (!onCallers) join();
   Context now = context(request.call);
+  if (onCallers) now.stream = handleOf(request.call.stream);
   cuda::examineRouting(now, reporter_, placements_.get(*request.placement), request);
+  join();
+  cuda::awaitCounts(now, reporter_, request);
 }
 
 Tensor CudaBackend::allocate(std::size_t bytes, MemoryKind kind, Stream user) {
@@ -266,6 +311,7 @@ Tensor CudaBackend::allocate(std::size_t bytes, MemoryKind kind, Stream user) {
     keepWithGraph(*capturing, tensor.owner);
   } else if (user.given()) {
     // Free memory is free for what comes on the stream of operations.
+    if (toJoin_) join();
     orderStreams(stream.get(), handleOf(user));
   }
   return tensor;
@@ -344,6 +390,7 @@ void CudaBackend::getDispatchLayout(const TensorView& topkIdx, const ExpertPlace
                                     const LayoutOutputs& outputs) {
   requireUsable();
   const CurrentDevice current(device);
+  join();
   CountArguments arguments;
   arguments.topk = {topkIdx.data, nullptr, topkIdx.shape[1], topkIdx.dtype == DataType::int64};
   arguments.owner = placements_.get(placement).owner;

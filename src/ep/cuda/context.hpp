@@ -26,7 +26,7 @@ inline constexpr std::size_t kRegionAlignment = 128;
 struct Movers {
   int device;
   DevicePool& pool;
-  cudaStream_t stream;  ///< on which all of an operation's work is enqueued
+  cudaStream_t stream;  ///< on which work is enqueued: that of operations, or a caller's behind it
   bool capturing;       ///< for a graph, instead of run
   Order order;
   Notice* notice;            ///< for what goes wrong on the GPU

@@ -120,19 +120,8 @@ __device__ void reportGiven(const PlanArguments& plan) {
   writeCounts(plan, map.perRank(), plan.perRank, map.perExpert(), plan.perExpert);
 }
 
-__device__ void reportFindings(const PlanArguments& plan, const Scratch& scratch) {
-  const ReportMap map(plan.numRanks, plan.placement.numExperts);
-  const Report report(plan);
-  writeCounts(plan, map.sent(), plan.sent, map.choices(), scratch.choices);
-  if (threadIdx.x == blockDim.x / 2) {
-    const BadId bad(plan, scratch);
-    report.writeLong(map.badPlace(), bad.place + 1);
-    report.writeLong(map.badId(), bad.id);
-  }
-}
-
-/// For a host that looks later: what is wrong.
-__device__ void writeNotice(const PlanArguments& plan, const Scratch& scratch) {
+/// Whether the counts that the caller has given are not those found; to all threads of a block.
+__device__ bool countsDiffer(const PlanArguments& plan, const Scratch& scratch) {
   bool differ = false;
   for (std::int64_t i = threadIdx.x; i < plan.numRanks; i += blockDim.x) {
     differ |= plan.sent[i] != plan.perRank[i];
@@ -140,7 +129,26 @@ __device__ void writeNotice(const PlanArguments& plan, const Scratch& scratch) {
   for (std::int64_t i = threadIdx.x; i < plan.placement.numExperts; i += blockDim.x) {
     differ |= plan.topk.ids != nullptr && plan.perExpert[i] != scratch.choices[i];
   }
-  differ = __syncthreads_or(differ) != 0;
+  return __syncthreads_or(differ) != 0;
+}
+
+/// Whether it was right to go on; what was found only if not.
+__device__ void reportFindings(const PlanArguments& plan, const Scratch& scratch) {
+  const ReportMap map(plan.numRanks, plan.placement.numExperts);
+  const bool differ = countsDiffer(plan, scratch);
+  if (threadIdx.x == 0) {
+    const Report report(plan);
+    const BadId bad(plan, scratch);
+    report.writeLong(map.badPlace(), bad.place + 1);
+    report.writeLong(map.badId(), bad.id);
+    report.write(map.countsDiffer(), differ ? 1 : 0);
+  }
+  if (differ) writeCounts(plan, map.sent(), plan.sent, map.choices(), scratch.choices);
+}
+
+/// For a host that looks later: what is wrong.
+__device__ void writeNotice(const PlanArguments& plan, const Scratch& scratch) {
+  const bool differ = countsDiffer(plan, scratch);
   if (threadIdx.x != 0) return;
   // With ids out of range counts differ in any case.
   const BadId bad(plan, scratch);

@@ -26,11 +26,13 @@ class ReportMap {
   __host__ __device__ std::int64_t perExpert() const { return perRank() + ranks_; }
   /// From here on, what was found.
   __host__ __device__ std::int64_t findings() const { return perExpert() + experts_; }
+  /// Whether what was given is not what was found.
+  __host__ __device__ std::int64_t countsDiffer() const { return findings(); }
   // Of the first id that is out of range, in two halves each, the lower one first.
   /// One more than where it is in topk_idx; 0: there is none.
-  __host__ __device__ std::int64_t badPlace() const { return findings(); }
+  __host__ __device__ std::int64_t badPlace() const { return countsDiffer() + 1; }
   __host__ __device__ std::int64_t badId() const { return badPlace() + 2; }
-  /// [R] and [E]; the latter mean nothing without top-k.
+  /// [R] and [E], if they differ from those given; the latter mean nothing without top-k.
   __host__ __device__ std::int64_t sent() const { return badId() + 2; }
   __host__ __device__ std::int64_t choices() const { return sent() + ranks_; }
   __host__ __device__ std::int64_t size() const { return choices() + experts_; }
@@ -51,7 +53,7 @@ struct Notice {
 };
 
 /// The memory that the plans of one buffer work with. The host writes counts in turn with the
-/// kernels that read them: it waits for a plan first, which comes after them on the stream.
+/// kernels that read them: it waits for a plan first, which comes behind them.
 class PlanReporter {
  public:
   /// Makes it large enough for so many, of a dispatch with so many counts in all.

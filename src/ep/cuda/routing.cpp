@@ -67,11 +67,6 @@ class PlanReport {
     return static_cast<std::int64_t>(std::uint64_t{signalValue(words_[place + 1])} << 32 |
                                      signalValue(words_[place]));
   }
-  bool equal(std::int64_t some, std::int64_t others, std::int64_t count) const {
-    std::int64_t i = 0;
-    while (i < count && at(some + i) == at(others + i)) ++i;
-    return i == count;
-  }
   template <typename T>
   std::vector<T> counts(std::int64_t place, std::int64_t end) const {
     std::vector<T> values;
@@ -97,27 +92,23 @@ void awaitReport(const Context& context, PlanReport& report, std::int64_t end) {
                 });
 }
 
-/// Throws InvalidArgument if what the caller gave is not what was found.
-void requireAgreement(const Context& context, const PlanReport& report,
-                      const DispatchRequest& request) {
+/// Throws InvalidArgument for counts that the caller gave and that are not what was found.
+[[noreturn]] void refuseCounts(const Context& context, PlanReport& report,
+                               const DispatchRequest& request) {
   const ReportMap& map = report.map();
-  const std::int64_t experts = request.placement->numExperts();
-  const TensorView& topkIdx = request.inputs.topkIdx;
-  if (const std::int64_t bad = report.longAt(map.badPlace()); bad != 0) {
-    throwBadId(bad - 1, topkIdx.shape[1], report.longAt(map.badId()), experts);
-  }
-  if (report.equal(map.perRank(), map.sent(), context.size()) &&
-      (!topkIdx || report.equal(map.perExpert(), map.choices(), experts))) {
-    return;
-  }
+  awaitReport(context, report, map.size());
   Routing found;
   SendPlan plan;
   plan.numRows = report.counts<std::int64_t>(map.sent(), map.choices());
   found.plan = std::make_shared<const SendPlan>(std::move(plan));
-  if (topkIdx) found.choices = report.counts<std::int64_t>(map.choices(), map.size());
+  if (request.inputs.topkIdx)
+    found.choices = report.counts<std::int64_t>(map.choices(), map.size());
   found.perRank = report.counts<std::int32_t>(map.perRank(), map.perExpert());
   found.perExpert = report.counts<std::int32_t>(map.perExpert(), map.findings());
   checkCounts(found);
+  throw InvalidArgument(
+      "num_tokens_per_rank or num_tokens_per_expert are not the counts of is_token_in_rank and "
+      "topk_idx");
 }
 
 /// Whether the other ranks can be told the counts before it is known whether they are right.
@@ -152,8 +143,10 @@ void launchPlan(const Context& context, PlanReporter& reporter, const PlacementA
   planDispatch(plan, context.stream);
 }
 
-/// Waits for the counts as the caller has given them.
-void takeGiven(const Context& context, const PlanReporter& reporter, DispatchRequest& request) {
+}  // namespace
+
+void awaitCounts(const Context& context, const PlanReporter& reporter, DispatchRequest& request) {
+  if (request.options.numWorstTokens > 0) return;
   PlanReport report(reporter, context.size(), request.placement->numExperts());
   const ReportMap& map = report.map();
   awaitReport(context, report, map.findings());
@@ -163,8 +156,6 @@ void takeGiven(const Context& context, const PlanReporter& reporter, DispatchReq
   request.routing.perExpert = report.counts<std::int32_t>(map.perExpert(), map.findings());
   if (!plausible(request)) verifyRouting(context, reporter, request);
 }
-
-}  // namespace
 
 TopkArrays topkOf(const DispatchInputs& inputs) {
   if (!inputs.topkIdx) return {};
@@ -181,14 +172,18 @@ void examineRouting(Context& context, PlanReporter& reporter, const PlacementArr
   const auto routing = makeRouting(context, request);
   launchPlan(context, reporter, placement, request, *routing, hostWaits);
   request.routing.onGpu = routing;
-  if (hostWaits) takeGiven(context, reporter, request);
 }
 
 void verifyRouting(const Context& context, const PlanReporter& reporter,
                    const DispatchRequest& request) {
   PlanReport report(reporter, context.size(), request.placement->numExperts());
-  awaitReport(context, report, report.map().size());
-  requireAgreement(context, report, request);
+  const ReportMap& map = report.map();
+  awaitReport(context, report, map.sent());
+  if (const std::int64_t bad = report.longAt(map.badPlace()); bad != 0) {
+    throwBadId(bad - 1, request.inputs.topkIdx.shape[1], report.longAt(map.badId()),
+               request.placement->numExperts());
+  }
+  if (report.at(map.countsDiffer()) != 0) refuseCounts(context, report, request);
 }
 
 HandleFields makeFields(const Context& context, const DeviceRouting& routing) {

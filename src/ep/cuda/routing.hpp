@@ -55,10 +55,11 @@ inline const DeviceRouting& deviceRouting(const std::shared_ptr<const void>& onG
   return *static_cast<const DeviceRouting*>(onGpu.get());
 }
 
-/// Lets the GPU find out where the tokens of a dispatch go. Waits for the counts as the caller has
-/// given them, unless the request has num_worst_tokens.
+/// Lets the GPU find out where the tokens of a dispatch go.
 void examineRouting(Context& context, PlanReporter& reporter, const PlacementArrays& placement,
                     DispatchRequest& request);
+/// Waits for the counts as the caller has given them, unless the request has num_worst_tokens.
+void awaitCounts(const Context& context, const PlanReporter& reporter, DispatchRequest& request);
 /// Throws InvalidArgument if these counts, or ids, turned out to be wrong.
 void verifyRouting(const Context& context, const PlanReporter& reporter,
                    const DispatchRequest& request);

@@ -42,12 +42,13 @@ TEST_CASE("parts of a plan's report do not overlap") {
   for (const int ranks : {1, 2, 64}) {
     for (const std::int64_t experts : {0, 1, 256}) {
       const ReportMap map(ranks, experts);
-      const std::int64_t starts[] = {map.perRank(), map.perExpert(), map.badPlace(), map.badId(),
-                                     map.sent(),    map.choices(),   map.size()};
-      const std::int64_t sizes[] = {ranks, experts, 2, 2, ranks, experts};
+      const std::int64_t starts[] = {map.perRank(),  map.perExpert(), map.countsDiffer(),
+                                     map.badPlace(), map.badId(),     map.sent(),
+                                     map.choices(),  map.size()};
+      const std::int64_t sizes[] = {ranks, experts, 1, 2, 2, ranks, experts};
       CHECK(starts[0] == 0);
-      CHECK(map.findings() == map.badPlace());
-      for (int i = 0; i < 6; ++i) CHECK(starts[i] + sizes[i] == starts[i + 1]);
+      CHECK(map.findings() == map.countsDiffer());
+      for (int i = 0; i < 7; ++i) CHECK(starts[i] + sizes[i] == starts[i + 1]);
     }
   }
 }

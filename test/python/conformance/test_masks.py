@@ -165,6 +165,14 @@ def test_killed_between_replays(doomed, seed):
     )
 
 
+@pytest.mark.gpu_only
+def test_killed_before_calls(doomed, seed):
+    victim = seed % 3
+    expect_death_of(
+        victim, doomed(3).run(masked_graphs.killed_before_calls, victim, REPLAY_TIMEOUT, seed)
+    )
+
+
 @pytest.mark.ranks(4)
 def test_short_soak_without_deaths(ranks, seed):
     assert ranks.check(masks.soak, 200, {}, seed) == [200] * 4

@@ -158,7 +158,8 @@ class MSCCLPP_EP_API Buffer {
   /// Collective. Throws NotBuilt on the CPU.
   std::vector<double> timePush(std::size_t bytes, int numSms, int repeats);
 
-  /// The stream on which rows are moved on a GPU; none on the CPU.
+  /// The stream on which rows are moved on a GPU; none on the CPU. It is there to make events on:
+  /// what callers put on it does not come before their calls.
   Stream commStream() const;
 
  private:

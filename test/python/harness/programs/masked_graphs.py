@@ -104,6 +104,21 @@ def killed_between_replays(context, victim: int, timeout: float, seed: int) -> N
     player.buffer.check()
 
 
+def killed_before_calls(context, victim: int, timeout: float, seed: int) -> None:
+    """A rank whose kernels still wait for the dead one is not taken for dead by those that call."""
+    player = shrinking(context, timeout=timeout)
+    replays = Replays(player, REPLAYED, seed)
+    replays.play()
+    player.expect_masked()
+    if context.rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replays.replay()
+    if context.rank == (victim + 1) % context.size:
+        context.backend.synchronize()  # its host is in no call meanwhile
+    player.both_modes(seed)
+    player.expect_masked(victim)
+
+
 def killed_in_replays(context, victim: int, timeout: float, seed: int) -> None:
     """The test kills the victim in a stream of large replays, at no agreed moment."""
     player = shrinking(context, timeout=timeout)
