@@ -32,7 +32,7 @@ struct DispatchRequest {
   std::shared_ptr<const HandleState> cached;  ///< whose routing is repeated; null: a new one
 
   /// Whether the host is told how many rows go where. If not, only the GPU knows.
-  bool countsOnHost() const { return routing.plan != nullptr; }
+  bool countsOnHost() const { return routing.plan != nullptr || routing.countsFollow; }
 };
 
 /// A combine whose arguments are sound.

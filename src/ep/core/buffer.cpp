@@ -242,7 +242,7 @@ PendingDispatch Buffer::beginDispatch(const DispatchInputs& inputs, const Dispat
     checked.call = call;
     checked.placement = impl().placement(checked.signature.numExperts);
     impl().backend().examineRouting(checked);
-    if (checked.countsOnHost()) checkCounts(checked.routing);
+    if (checked.routing.plan != nullptr) checkCounts(checked.routing);
     checked.signature.countsOnGpu = checked.countsOnHost() ? 0 : 1;
     return checked;
   });

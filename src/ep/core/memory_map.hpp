@@ -25,7 +25,8 @@ enum class Lane : int { highThroughput = 0, lowLatency0 = 1, lowLatency1 = 2 };
 inline constexpr int kNumLanes = 3;
 
 /// Messages that a rank may post to another before that one reads any. A rank that refuses its
-/// arguments posts and goes on, so it may be this many operations ahead.
+/// arguments posts and goes on, so it may be this many operations ahead, or as many messages as it
+/// posts in one that it abandons.
 inline constexpr int kMailboxDepth = 4;
 inline constexpr std::size_t kSlotBytes = 4096;
 
@@ -48,6 +49,9 @@ enum Progress : int {
   kRowsRead,    ///< by a combine, from the peer's memory
   kNumProgress
 };
+
+/// Words in which a rank's GPU tells a host counts.
+inline constexpr std::size_t kCountWords = kPage / sizeof(std::uint64_t);
 
 /// Offsets in a control segment of `numRanks` ranks. Every word has one writer: those indexed by a
 /// rank are written by that rank, those of the header by the owner. The exception is the doorbell,
@@ -81,7 +85,13 @@ class ControlMap {
     return laneWord(lane, 1 + which, peer);
   }
 
-  std::size_t bytes() const { return lanes() + kNumLanes * laneBytes(); }
+  /// kCountWords that the GPU of `peer` writes in a dispatch: CountBoards says what they are. A
+  /// page a rank, those of all ranks in a row.
+  std::size_t counts(int peer) const {
+    return lanes() + kNumLanes * laneBytes() + static_cast<std::size_t>(peer) * kPage;
+  }
+
+  std::size_t bytes() const { return counts(static_cast<int>(numRanks_)); }
 
  private:
   enum Word : std::size_t { kAbort, kGoodbye, kMask, kNumWords };

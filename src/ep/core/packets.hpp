@@ -11,7 +11,7 @@ namespace mscclpp_ep {
 /// The rounds of an operation, in order; a message carries its own.
 enum class Round : std::uint32_t {
   entry = 0,    ///< what each rank was called with, and counts
-  counts = 1,   ///< counts that found no room in the entry
+  counts = 1,   ///< counts that found no room in the entry, or word that GPUs have told them
   publish = 2,  ///< where rows go
 };
 
@@ -94,7 +94,7 @@ struct DispatchEntry {
   Signature signature;
   Status status;
   std::uint64_t gpuEpoch = 0;
-  std::int64_t numRows = 0;    ///< rows that this rank has for the receiver
+  std::int64_t numRows = 0;  ///< rows that this rank has for the receiver; at most, if they follow
   std::int64_t numCounts = 0;  ///< counts that follow, here and in Round::counts
 };
 

@@ -20,6 +20,7 @@ struct Routing {
   /// [E] choices of the tokens that go to the rank of their expert; empty without top-k.
   std::vector<std::int64_t> choices;
   std::shared_ptr<const void> onGpu;  ///< what a GPU keeps of it
+  bool countsFollow = false;          ///< GPUs tell the hosts counts, while the ranks enter
 };
 
 /// Reads tensors in the memory of the host. Throws InvalidArgument for ids out of range.

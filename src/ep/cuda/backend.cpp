@@ -6,6 +6,7 @@
 
 #include "cuda/await.hpp"
 #include "cuda/combine.hpp"
+#include "cuda/count_boards.hpp"
 #include "cuda/diagnostics.hpp"
 #include "cuda/dispatch.hpp"
 #include "cuda/kernel_list.hpp"
@@ -44,16 +45,23 @@ class LearningFence final : public Fence {
   Losses& losses_;
 };
 
+/// By what the kernels of the ranks find each other.
+struct Connected {
+  std::unique_ptr<PeerOrder> order;
+  std::unique_ptr<CountBoards> boards;
+};
+
 /// What the backend owns that its base works with, and that must therefore be there first.
 struct Resources {
-  Resources(std::unique_ptr<PeerOrder> connected, int gpu)
-      : device(gpu), peerOrder(std::move(connected)) {}
+  Resources(Connected connected, int gpu)
+      : device(gpu), peerOrder(std::move(connected.order)), boards(std::move(connected.boards)) {}
 
   const int device;
 
   OwnedStream stream;
   UserStreams users{stream.get()};
   std::unique_ptr<PeerOrder> peerOrder;
+  std::unique_ptr<CountBoards> boards;
   std::unique_ptr<Losses> losses;  ///< of a buffer that goes on without ranks
 
   /// Of use at any time, also outside of calls.
@@ -79,7 +87,7 @@ int multiprocessors(int device) {
 /// addresses; what moves rows, and waits for other ranks to have moved theirs, are kernels.
 class CudaBackend final : private Resources, public HostBackend {
  public:
-  CudaBackend(std::unique_ptr<Transport> transport, std::unique_ptr<PeerOrder> connected,
+  CudaBackend(std::unique_ptr<Transport> transport, Connected connected,
               std::unique_ptr<Trace> trace, const BufferOptions& options, std::uint64_t bufferId)
       : Resources(std::move(connected), options.device.index),
         HostBackend(std::move(transport), std::move(trace), options,
@@ -158,6 +166,11 @@ class CudaBackend final : private Resources, public HostBackend {
     return pool_.allocate(bytes);
   }
   std::int64_t ordinaryBytes() override { return pool_.bytes(); }
+  void receiveCounts(DispatchRequest& request, DispatchPlan& plan) override {
+    const CurrentDevice current(device);
+    cuda::awaitCounts(context(request.call), reporter_, request);
+    boards->receive(context_, request.placement->numLocal(context_.rank()), plan);
+  }
   void requireSound(const DispatchRequest& request) override {
     if (request.cached != nullptr || !request.countsOnHost()) return;
     const CurrentDevice current(device);
@@ -296,9 +309,12 @@ void CudaBackend::examineRouting(DispatchRequest& request) {
   if (!onCallers) join();
   Context now = context(request.call);
   if (onCallers) now.stream = handleOf(request.call.stream);
-  cuda::examineRouting(now, reporter_, placements_.get(*request.placement), request);
+  const bool fits = CountBoards::fit(*request.placement, context_.size());
+  cuda::examineRouting(now, reporter_, placements_.get(*request.placement), request,
+                       fits ? boards.get() : nullptr, nextEpoch());
   join();
-  cuda::awaitCounts(now, reporter_, request);
+  const bool hostWaits = request.options.numWorstTokens == 0;
+  if (hostWaits && !request.routing.countsFollow) cuda::awaitCounts(now, reporter_, request);
 }
 
 Tensor CudaBackend::allocate(std::size_t bytes, MemoryKind kind, Stream user) {
@@ -419,21 +435,21 @@ std::vector<double> CudaBackend::timePush(std::size_t bytes, int numSms, int rep
 
 /// Lets the kernels of the ranks find each other. A rank that cannot comes to the barrier all the
 /// same: the others learn that it has gone when they look for its memory.
-std::unique_ptr<PeerOrder> connectKernels(Bootstrap& bootstrap, Transport& transport,
-                                          const BufferOptions& options) {
-  std::unique_ptr<PeerOrder> order;
+Connected connectKernels(Bootstrap& bootstrap, Transport& transport, const BufferOptions& options) {
+  Connected connected;
   std::exception_ptr failure;
   try {
     loadKernels();
-    order = std::make_unique<PeerOrder>(transport, options.firstEpoch, options.timeout,
-                                        options.enableShrink);
+    connected.order = std::make_unique<PeerOrder>(transport, options.firstEpoch, options.timeout,
+                                                  options.enableShrink);
+    connected.boards = std::make_unique<CountBoards>(transport);
   } catch (const Error&) {
     failure = std::current_exception();
   }
   bootstrap.barrier();
   if (failure != nullptr) std::rethrow_exception(failure);
-  order->connect(transport);
-  return order;
+  connected.order->connect(transport);
+  return connected;
 }
 
 /// What this version cannot do on a GPU.
@@ -470,8 +486,8 @@ std::shared_ptr<Backend> makeCudaBackend(Bootstrap& bootstrap, const Admission& 
   }
   auto transport = std::make_unique<SharedMemory>(bootstrap, std::move(connecting));
   const CurrentDevice current(options.device.index);
-  auto order = cuda::connectKernels(bootstrap, *transport, options);
-  return std::make_shared<cuda::CudaBackend>(std::move(transport), std::move(order),
+  auto connected = cuda::connectKernels(bootstrap, *transport, options);
+  return std::make_shared<cuda::CudaBackend>(std::move(transport), std::move(connected),
                                              std::move(trace), options, bufferId);
 }
 

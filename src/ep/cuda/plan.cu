@@ -114,8 +114,28 @@ __device__ void writeCounts(const PlanArguments& plan, std::int64_t rankPlace,
   }
 }
 
+/// Tells the hosts of all ranks what is given of them; of counts below 0, which are refused, 0.
+__device__ void tellAll(const PlanArguments& plan) {
+  const ReportMap map(plan.numRanks, plan.placement.numExperts);
+  const Report report(plan);
+  const auto tell = [&](int rank, std::int64_t at, std::int32_t count) {
+    const std::uint32_t value = static_cast<std::uint32_t>(max(count, 0)) + 1;
+    storeRelaxed(plan.boards[rank] + at, packSignal(value, plan.epoch));
+  };
+  for (int rank = numThreads() - 1 - static_cast<int>(threadIdx.x); rank < plan.numRanks;
+       rank += numThreads()) {
+    const std::int32_t count = plan.perRank[rank];
+    report.write(map.perRank() + rank, count);
+    tell(rank, 0, count);
+  }
+  for (std::int64_t i = threadIdx.x; i < plan.placement.numExperts; i += numThreads()) {
+    tell(plan.placement.owner[i], 1 + plan.placement.localIndex[i], plan.perExpert[i]);
+  }
+}
+
 /// What the host can go on with.
 __device__ void reportGiven(const PlanArguments& plan) {
+  if (plan.tellsAll) return tellAll(plan);
   const ReportMap map(plan.numRanks, plan.placement.numExperts);
   writeCounts(plan, map.perRank(), plan.perRank, map.perExpert(), plan.perExpert);
 }
@@ -127,12 +147,13 @@ __device__ bool countsDiffer(const PlanArguments& plan, const Scratch& scratch) 
     differ |= plan.sent[i] != plan.perRank[i];
   }
   for (std::int64_t i = threadIdx.x; i < plan.placement.numExperts; i += blockDim.x) {
-    differ |= plan.topk.ids != nullptr && plan.perExpert[i] != scratch.choices[i];
+    differ |= plan.perExpert[i] < 0 ||
+              (plan.topk.ids != nullptr && plan.perExpert[i] != scratch.choices[i]);
   }
   return __syncthreads_or(differ) != 0;
 }
 
-/// Whether it was right to go on; what was found only if not.
+/// Whether it was right to go on; what was given and found only if not.
 __device__ void reportFindings(const PlanArguments& plan, const Scratch& scratch) {
   const ReportMap map(plan.numRanks, plan.placement.numExperts);
   const bool differ = countsDiffer(plan, scratch);
@@ -143,7 +164,9 @@ __device__ void reportFindings(const PlanArguments& plan, const Scratch& scratch
     report.writeLong(map.badId(), bad.id);
     report.write(map.countsDiffer(), differ ? 1 : 0);
   }
-  if (differ) writeCounts(plan, map.sent(), plan.sent, map.choices(), scratch.choices);
+  if (!differ) return;
+  writeCounts(plan, map.perRank(), plan.perRank, map.perExpert(), plan.perExpert);
+  writeCounts(plan, map.sent(), plan.sent, map.choices(), scratch.choices);
 }
 
 /// For a host that looks later: what is wrong.

@@ -15,7 +15,8 @@ namespace mscclpp_ep::cuda {
 
 /// Where things are in a report to a host that waits for it. It is words of {value, tag of the
 /// plan's number}: they come in any order, and none has to wait for another. First what the caller
-/// has given, which comes at once, so that the host can go on; then whether it is right.
+/// has given, which comes at once, so that the host can go on, but for counts of experts that all
+/// hosts are told otherwise; then whether it is right, and if not, all of it.
 class ReportMap {
  public:
   __host__ __device__ ReportMap(int numRanks, std::int64_t numExperts)

@@ -55,11 +55,7 @@ class PlanReport {
         tag_(static_cast<std::uint32_t>(reporter.ticket())) {}
 
   const ReportMap& map() const { return map_; }
-  /// Whether all before a place has come.
-  bool complete(std::int64_t end) {
-    while (known_ < end && signalTag(acquire(words_[known_])) == tag_) ++known_;
-    return known_ == end;
-  }
+  bool hasCome(std::int64_t place) const { return signalTag(acquire(words_[place])) == tag_; }
   std::int32_t at(std::int64_t place) const {
     return static_cast<std::int32_t>(signalValue(words_[place]));
   }
@@ -78,25 +74,28 @@ class PlanReport {
  private:
   const std::uint64_t* words_;
   ReportMap map_;
-  std::int64_t known_ = 0;
   std::uint32_t tag_;
 };
 
-/// Waits until the GPU has written what is before a place. What comes before that on the caller's
-/// stream may take any time, so only an error or the user ends this.
-void awaitReport(const Context& context, PlanReport& report, std::int64_t end) {
-  awaitWatching([&] { return report.complete(end); },
-                [&] {
-                  requireNoFailure(context.stream);
-                  context.pollInterrupt();
-                });
+/// Waits until the GPU has written what is from a place to another. What comes before that on the
+/// caller's stream may take any time, so only an error or the user ends this.
+void awaitReport(const Context& context, const PlanReport& report, std::int64_t begin,
+                 std::int64_t end) {
+  const auto complete = [&] {
+    while (begin < end && report.hasCome(begin)) ++begin;
+    return begin == end;
+  };
+  awaitWatching(complete, [&] {
+    requireNoFailure(context.stream);
+    context.pollInterrupt();
+  });
 }
 
 /// Throws InvalidArgument for counts that the caller gave and that are not what was found.
-[[noreturn]] void refuseCounts(const Context& context, PlanReport& report,
+[[noreturn]] void refuseCounts(const Context& context, const PlanReport& report,
                                const DispatchRequest& request) {
   const ReportMap& map = report.map();
-  awaitReport(context, report, map.size());
+  awaitReport(context, report, 0, map.size());
   Routing found;
   SendPlan plan;
   plan.numRows = report.counts<std::int64_t>(map.sent(), map.choices());
@@ -121,7 +120,8 @@ bool plausible(const DispatchRequest& request) {
 }
 
 void launchPlan(const Context& context, PlanReporter& reporter, const PlacementArrays& placement,
-                const DispatchRequest& request, const DeviceRouting& routing, bool hostWaits) {
+                const DispatchRequest& request, const DeviceRouting& routing, bool hostWaits,
+                const CountBoards* boards, std::uint64_t epoch) {
   const CountsMap map(context.size(), routing.numLocalExperts);
   reporter.reserve(context.size(), placement.numExperts, map.size());
   PlanArguments plan;
@@ -138,6 +138,11 @@ void launchPlan(const Context& context, PlanReporter& reporter, const PlacementA
   plan.shownInRank = static_cast<std::uint8_t*>(routing.shownInRank.view.data);
   plan.scratch = reporter.scratch();
   plan.report = hostWaits ? reporter.report() : nullptr;
+  if (hostWaits && boards != nullptr) {
+    plan.boards = boards->outgoing();
+    plan.tellsAll = true;
+    plan.epoch = epoch;
+  }
   plan.notice = reporter.notice();
   plan.ticket = reporter.nextTicket();
   planDispatch(plan, context.stream);
@@ -146,13 +151,14 @@ void launchPlan(const Context& context, PlanReporter& reporter, const PlacementA
 }  // namespace
 
 void awaitCounts(const Context& context, const PlanReporter& reporter, DispatchRequest& request) {
-  if (request.options.numWorstTokens > 0) return;
-  PlanReport report(reporter, context.size(), request.placement->numExperts());
+  const PlanReport report(reporter, context.size(), request.placement->numExperts());
   const ReportMap& map = report.map();
-  awaitReport(context, report, map.findings());
+  const bool follow = request.routing.countsFollow;
+  awaitReport(context, report, 0, follow ? map.perExpert() : map.findings());
   SendPlan plan;
   plan.numRows = report.counts<std::int64_t>(map.perRank(), map.perExpert());
   request.routing.plan = std::make_shared<const SendPlan>(std::move(plan));
+  if (follow) return;
   request.routing.perExpert = report.counts<std::int32_t>(map.perExpert(), map.findings());
   if (!plausible(request)) verifyRouting(context, reporter, request);
 }
@@ -164,21 +170,22 @@ TopkArrays topkOf(const DispatchInputs& inputs) {
 }
 
 void examineRouting(Context& context, PlanReporter& reporter, const PlacementArrays& placement,
-                    DispatchRequest& request) {
+                    DispatchRequest& request, const CountBoards* boards, std::uint64_t epoch) {
   const bool hostWaits = request.options.numWorstTokens == 0;
   EP_EXPECTS(!hostWaits || !context.capturing,
              "num_worst_tokens is 0, so that the host would wait for counts, which it cannot while "
              "a graph is captured; give num_worst_tokens, or a handle");
   const auto routing = makeRouting(context, request);
-  launchPlan(context, reporter, placement, request, *routing, hostWaits);
+  launchPlan(context, reporter, placement, request, *routing, hostWaits, boards, epoch);
   request.routing.onGpu = routing;
+  request.routing.countsFollow = hostWaits && boards != nullptr;
 }
 
 void verifyRouting(const Context& context, const PlanReporter& reporter,
                    const DispatchRequest& request) {
-  PlanReport report(reporter, context.size(), request.placement->numExperts());
+  const PlanReport report(reporter, context.size(), request.placement->numExperts());
   const ReportMap& map = report.map();
-  awaitReport(context, report, map.sent());
+  awaitReport(context, report, map.findings(), map.sent());
   if (const std::int64_t bad = report.longAt(map.badPlace()); bad != 0) {
     throwBadId(bad - 1, request.inputs.topkIdx.shape[1], report.longAt(map.badId()),
                request.placement->numExperts());

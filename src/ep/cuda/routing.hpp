@@ -9,6 +9,7 @@
 
 #include "core/backend.hpp"
 #include "cuda/context.hpp"
+#include "cuda/count_boards.hpp"
 #include "cuda/kernels.hpp"
 #include "cuda/plan_report.hpp"
 
@@ -55,10 +56,12 @@ inline const DeviceRouting& deviceRouting(const std::shared_ptr<const void>& onG
   return *static_cast<const DeviceRouting*>(onGpu.get());
 }
 
-/// Lets the GPU find out where the tokens of a dispatch go.
+/// Lets the GPU find out where the tokens of a dispatch go. With `boards`, if the host waits, the
+/// GPUs tell all hosts the counts of that epoch.
 void examineRouting(Context& context, PlanReporter& reporter, const PlacementArrays& placement,
-                    DispatchRequest& request);
-/// Waits for the counts as the caller has given them, unless the request has num_worst_tokens.
+                    DispatchRequest& request, const CountBoards* boards, std::uint64_t epoch);
+/// Waits for the counts as the caller has given them, of a request that has no num_worst_tokens: if
+/// counts follow, those of rows.
 void awaitCounts(const Context& context, const PlanReporter& reporter, DispatchRequest& request);
 /// Throws InvalidArgument if these counts, or ids, turned out to be wrong.
 void verifyRouting(const Context& context, const PlanReporter& reporter,

@@ -115,9 +115,10 @@ std::unique_ptr<PendingState> HostBackend::beginDispatch(DispatchRequest request
   });
 }
 
-DispatchPlan HostBackend::enterDispatch(const DispatchRequest& request) {
+DispatchPlan HostBackend::enterDispatch(DispatchRequest& request) {
   try {
-    return exchangeCounts(context_, request);
+    return exchangeCounts(context_, request,
+                          [&](DispatchPlan& plan) { receiveCounts(request, plan); });
   } catch (const OperationRefused&) {
     // Whatever others have done wrong, a rank is told its own mistake.
     try {

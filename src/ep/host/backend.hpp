@@ -63,6 +63,9 @@ class HostBackend : public Backend, public std::enable_shared_from_this<HostBack
   virtual std::shared_ptr<std::byte> allocateOrdinary(std::size_t bytes, Stream stream) = 0;
   virtual std::int64_t ordinaryBytes() = 0;
 
+  /// Takes the counts that GPUs tell, once the ranks have entered: of a request whose counts
+  /// follow.
+  virtual void receiveCounts(DispatchRequest&, DispatchPlan&) {}
   /// Throws InvalidArgument if a dispatch is refused after all: what its arguments say was not all
   /// known when it began.
   virtual void requireSound(const DispatchRequest&) {}
@@ -83,6 +86,8 @@ class HostBackend : public Backend, public std::enable_shared_from_this<HostBack
   void enter(Mode mode, const char* operation, std::uint64_t epoch);
 
   void beginEpoch(const char* operation);
+  /// Of the next operation.
+  std::uint64_t nextEpoch() const { return nextEpoch_; }
   bool inChild() const;
   void refuseChild() const;
   void requireUsable();
@@ -110,7 +115,7 @@ class HostBackend : public Backend, public std::enable_shared_from_this<HostBack
   };
 
   void fail(std::string why);
-  DispatchPlan enterDispatch(const DispatchRequest& request);
+  DispatchPlan enterDispatch(DispatchRequest& request);
   void refuseUnsound(const DispatchRequest& request);
   void reportDropped(const DispatchPlan& plan);
 

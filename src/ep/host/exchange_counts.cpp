@@ -14,7 +14,7 @@ namespace {
 std::vector<std::vector<std::int32_t>> countsByRank(const HostContext& context,
                                                     const DispatchRequest& request) {
   std::vector<std::vector<std::int32_t>> counts(static_cast<std::size_t>(context.size()));
-  if (request.cached != nullptr || !request.countsOnHost()) return counts;
+  if (request.cached != nullptr || request.routing.plan == nullptr) return counts;
   for (int r = 0; r < context.size(); ++r) {
     counts[static_cast<std::size_t>(r)] =
         request.placement->localPart(r, request.routing.perExpert);
@@ -68,9 +68,16 @@ void exchangeLongCounts(HostContext& context, const std::vector<std::vector<std:
   }
 }
 
+/// What a rank is told.
+std::int64_t rowsFor(const DispatchRequest& request, std::size_t rank) {
+  if (request.routing.countsFollow) return request.numTokens;
+  return request.countsOnHost() ? request.routing.plan->numRows[rank] : 0;
+}
+
 }  // namespace
 
-DispatchPlan exchangeCounts(HostContext& context, const DispatchRequest& request) {
+DispatchPlan exchangeCounts(HostContext& context, const DispatchRequest& request,
+                            const ReceiveCounts& receive) {
   const auto counts = countsByRank(context, request);
   const bool inEntry = countsFitEntry(counts);
   std::vector<Message> outgoing;
@@ -78,7 +85,7 @@ DispatchPlan exchangeCounts(HostContext& context, const DispatchRequest& request
     DispatchEntry entry;
     entry.signature = request.signature;
     entry.gpuEpoch = context.gpuEpoch;
-    entry.numRows = request.countsOnHost() ? request.routing.plan->numRows[r] : 0;
+    entry.numRows = rowsFor(request, r);
     entry.numCounts = static_cast<std::int64_t>(counts[r].size());
     outgoing.push_back(inEntry ? encode(entry, counts[r]) : encode(entry));
   }
@@ -100,6 +107,7 @@ DispatchPlan exchangeCounts(HostContext& context, const DispatchRequest& request
     if (inEntry && !message.empty()) addCounts(message, sizeof(DispatchEntry), plan.perExpert);
   }
   if (!inEntry) exchangeLongCounts(context, counts, plan.perExpert);
+  if (request.routing.countsFollow) receive(plan);
 
   plan.firstRowFrom = exclusivePrefixSum(plan.numRowsFrom);
   plan.numRecv = std::reduce(plan.numRowsFrom.begin(), plan.numRowsFrom.end());

@@ -3,6 +3,7 @@
 #define MSCCLPP_EP_HOST_EXCHANGE_COUNTS_HPP_
 
 #include <cstdint>
+#include <functional>
 #include <string_view>
 #include <vector>
 
@@ -24,8 +25,14 @@ struct DispatchPlan {
   std::vector<std::int64_t> numKeptFrom() const;
 };
 
-/// Tells the others how many rows they get, and learns how many come.
-DispatchPlan exchangeCounts(HostContext& context, const DispatchRequest& request);
+/// Sets the rows from each rank, of which a plan has the most that can come, and the counts of
+/// choices, of which it has none.
+using ReceiveCounts = std::function<void(DispatchPlan&)>;
+
+/// Tells the others how many rows they get, and learns how many come: by `receive`, if counts
+/// follow.
+DispatchPlan exchangeCounts(HostContext& context, const DispatchRequest& request,
+                            const ReceiveCounts& receive = {});
 
 /// Ends a dispatch, whose counts are exchanged, for every rank.
 void abandonRows(HostContext& context, Verdict verdict, std::string_view why);

@@ -34,6 +34,7 @@ class SharedMemory final : public Transport {
   int size() const override { return static_cast<int>(peers_.size()); }
   int ranksOnHost() const override { return size(); }
   std::byte* control(int peer) const override { return at(peer).control->data(); }
+  std::shared_ptr<const void> controlOwner(int peer) const override { return at(peer).control; }
   void ring(int peer) override { doorbell(peer).ring(); }
   std::int64_t shareableBytes() const override { return segments_->available(); }
   SharedBlock share(std::size_t bytes) override;

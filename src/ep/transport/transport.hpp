@@ -44,6 +44,8 @@ class Transport {
 
   /// The control segment of `peer` (core/memory_map.hpp says what is where), mapped here.
   virtual std::byte* control(int peer) const = 0;
+  /// Keeps it mapped.
+  virtual std::shared_ptr<const void> controlOwner(int peer) const = 0;
   /// Wakes `peer` after a store to its control segment.
   virtual void ring(int peer) = 0;
 

@@ -44,6 +44,7 @@ std::vector<Region> regionsOf(int numRanks) {
     regions.push_back({cat("abort ", peer), map.abortWord(peer), kCacheLine});
     regions.push_back({cat("goodbye ", peer), map.goodbye(peer), kCacheLine});
     regions.push_back({cat("mask ", peer), map.mask(peer), kCacheLine});
+    regions.push_back({cat("counts ", peer), map.counts(peer), kCountWords * 8});
     for (const Lane lane : kLanes) addLane(map, lane, peer, regions);
   }
   return regions;

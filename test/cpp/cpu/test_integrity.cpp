@@ -78,6 +78,9 @@ class Faulty final : public Transport {
     if (peer != rank()) tamper();
     return inner_.control(peer);
   }
+  std::shared_ptr<const void> controlOwner(int peer) const override {
+    return inner_.controlOwner(peer);
+  }
   void ring(int peer) override { inner_.ring(peer); }
   std::int64_t shareableBytes() const override { return inner_.shareableBytes(); }
   SharedBlock share(std::size_t bytes) override {

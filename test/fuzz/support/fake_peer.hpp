@@ -40,6 +40,7 @@ class FakePeer final : public Transport {
   std::byte* control(int peer) const override {
     return control_[static_cast<std::size_t>(peer)].get();
   }
+  std::shared_ptr<const void> controlOwner(int /*peer*/) const override { return nullptr; }
   void ring(int /*peer*/) override {}
   std::int64_t shareableBytes() const override { return std::int64_t{1} << 40; }
   SharedBlock share(std::size_t bytes) override {

@@ -17,6 +17,7 @@ from harness.backend import Cpu
 from harness.cases import Case, Scales, World, world_of
 
 CASE = Case(tokens=(9, 14, 6), hidden=64, experts=8, topk=3, scales=None, bias=1)
+WITHOUT_TOPK = CASE.but(with_topk=False)
 SCALED = CASE.but(dtype="uint8", scales=Scales("float32", 4))
 
 
@@ -180,6 +181,8 @@ def dispatch_mistakes() -> list[Bad]:
         "scales-no-tensor": (scales_are(always("few")), "scale"),
     }
     mistakes += [Bad(n, "dispatch", spoil, says, SCALED) for n, (spoil, *says) in scaled.items()]
+    spoil, *says = table["per-expert-negative"]
+    mistakes += [Bad("per-expert-negative-without-topk", "dispatch", spoil, says, WITHOUT_TOPK)]
     return mistakes
 
 
