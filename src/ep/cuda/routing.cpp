@@ -100,8 +100,9 @@ void awaitReport(const Context& context, const PlanReport& report, std::int64_t 
   SendPlan plan;
   plan.numRows = report.counts<std::int64_t>(map.sent(), map.choices());
   found.plan = std::make_shared<const SendPlan>(std::move(plan));
-  if (request.inputs.topkIdx)
+  if (request.inputs.topkIdx) {
     found.choices = report.counts<std::int64_t>(map.choices(), map.size());
+  }
   found.perRank = report.counts<std::int32_t>(map.perRank(), map.perExpert());
   found.perExpert = report.counts<std::int32_t>(map.perExpert(), map.findings());
   checkCounts(found);

@@ -27,7 +27,10 @@ CASES = [
     Case("opaque-rows", dtype="uint8", hidden=72, scales=Scales("uint8", 9)),
     Case("bf16-with-scales", scales=Scales("float16", 1), tokens=(0, 13)),
     Case("scales-without-topk", scales=Scales("float32", 4), with_topk=False, dtype="uint8"),
-    *(Case(f"experts-{n}", experts=n, topk=min(n, 3)) for n in (1, 2, 3, 7, 10, 257, 511, 512, 1200)),
+    *(
+        Case(f"experts-{n}", experts=n, topk=min(n, 3))
+        for n in (1, 2, 3, 7, 10, 257, 511, 512, 1200)
+    ),
     *(Case(f"topk-{k}", experts=24, topk=k, routing="holes") for k in (1, 2, 9, 11, 22)),
     Case("topk-beyond-experts", experts=5, topk=22, routing="duplicates"),
     *(Case(f"int32-{r}", index="int32", routing=r) for r in ("holes", "none", "duplicates")),

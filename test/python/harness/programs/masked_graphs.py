@@ -86,14 +86,20 @@ def masked_replays(context, seed: int) -> None:
     player.buffer.check()
 
 
-def killed_between_replays(context, victim: int, timeout: float, seed: int) -> None:
-    """With no host in a call, kernels wait for a rank that is missing until time is up, once."""
+def replayed_until_death(context, victim: int, timeout: float, seed: int) -> tuple:
+    """All have replayed a graph, and then one has died."""
     player = shrinking(context, timeout=timeout)
     replays = Replays(player, REPLAYED, seed)
     replays.play()
     player.expect_masked()
     if context.rank == victim:
         os.kill(os.getpid(), signal.SIGKILL)
+    return player, replays
+
+
+def killed_between_replays(context, victim: int, timeout: float, seed: int) -> None:
+    """With no host in a call, kernels wait for a rank that is missing until time is up, once."""
+    player, replays = replayed_until_death(context, victim, timeout, seed)
     replays.play(frozenset([victim]))
     start = time.monotonic()
     for _ in range(3):
@@ -106,12 +112,7 @@ def killed_between_replays(context, victim: int, timeout: float, seed: int) -> N
 
 def killed_before_calls(context, victim: int, timeout: float, seed: int) -> None:
     """A rank whose kernels still wait for the dead one is not taken for dead by those that call."""
-    player = shrinking(context, timeout=timeout)
-    replays = Replays(player, REPLAYED, seed)
-    replays.play()
-    player.expect_masked()
-    if context.rank == victim:
-        os.kill(os.getpid(), signal.SIGKILL)
+    player, replays = replayed_until_death(context, victim, timeout, seed)
     replays.replay()
     if context.rank == (victim + 1) % context.size:
         context.backend.synchronize()  # its host is in no call meanwhile
