@@ -50,7 +50,8 @@ enum Progress : int {
   kNumProgress
 };
 
-/// Words in which a rank's GPU tells a host counts.
+/// Words in which a rank's GPU tells a host counts of a dispatch, by packCount(): first of rows,
+/// then of the choices of each of the host's experts.
 inline constexpr std::size_t kCountWords = kPage / sizeof(std::uint64_t);
 
 /// Offsets in a control segment of `numRanks` ranks. Every word has one writer: those indexed by a
@@ -85,8 +86,7 @@ class ControlMap {
     return laneWord(lane, 1 + which, peer);
   }
 
-  /// kCountWords that the GPU of `peer` writes in a dispatch: CountBoards says what they are. A
-  /// page a rank, those of all ranks in a row.
+  /// kCountWords that the GPU of `peer` writes. A page a rank, those of all ranks in a row.
   std::size_t counts(int peer) const {
     return lanes() + kNumLanes * laneBytes() + static_cast<std::size_t>(peer) * kPage;
   }

@@ -170,6 +170,11 @@ static_assert(std::is_trivially_copyable_v<CombineLanding>);
 constexpr std::uint64_t packSignal(std::uint32_t value, std::uint64_t tag) {
   return static_cast<std::uint64_t>(value) << 32 | static_cast<std::uint32_t>(tag);
 }
+/// The signal of a count, which may be 0: a word never written, which is 0, is none. Of counts
+/// below 0, which are refused in the end, that of 0.
+constexpr std::uint64_t packCount(std::int32_t count, std::uint64_t tag) {
+  return packSignal(static_cast<std::uint32_t>(count < 0 ? 0 : count) + 1, tag);
+}
 constexpr std::uint32_t signalValue(std::uint64_t signal) {
   return static_cast<std::uint32_t>(signal >> 32);
 }

@@ -15,6 +15,7 @@
 #include "cuda/placement.hpp"
 #include "cuda/plan_report.hpp"
 #include "cuda/routing.hpp"
+#include "host/told_counts.hpp"
 #include "mscclpp_ep/diagnostics.hpp"
 #include "mscclpp_ep/event.hpp"
 #include "transport/cuda_memory.hpp"
@@ -169,7 +170,7 @@ class CudaBackend final : private Resources, public HostBackend {
   void receiveCounts(DispatchRequest& request, DispatchPlan& plan) override {
     const CurrentDevice current(device);
     cuda::awaitCounts(context(request.call), reporter_, request);
-    boards->receive(context_, request.placement->numLocal(context_.rank()), plan);
+    receiveToldCounts(context_, request.placement->numLocal(context_.rank()), plan);
   }
   void requireSound(const DispatchRequest& request) override {
     if (request.cached != nullptr || !request.countsOnHost()) return;
@@ -309,7 +310,7 @@ void CudaBackend::examineRouting(DispatchRequest& request) {
   if (!onCallers) join();
   Context now = context(request.call);
   if (onCallers) now.stream = handleOf(request.call.stream);
-  const bool fits = CountBoards::fit(*request.placement, context_.size());
+  const bool fits = fitToldCounts(*request.placement, context_.size());
   cuda::examineRouting(now, reporter_, placements_.get(*request.placement), request,
                        fits ? boards.get() : nullptr, nextEpoch());
   join();

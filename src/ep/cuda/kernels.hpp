@@ -169,7 +169,7 @@ struct PlanArguments {
   std::uint8_t* shownInRank = nullptr;      ///< [T, R] a copy
   std::int32_t* scratch = nullptr;          ///< PlanReporter's; 0 between kernels
   std::uint64_t* report = nullptr;          ///< for a host that waits; null: none does
-  PerRank<std::uint64_t*> boards;           ///< CountBoards::outgoing() if `tellsAll`
+  PerRank<std::uint64_t*> boards;           ///< CountBoards::places() if `tellsAll`
   bool tellsAll = false;                    ///< the hosts of all ranks, what is given
   std::uint64_t epoch = 0;                  ///< of the operation, for them
   Notice* notice = nullptr;                 ///< for a host that looks later

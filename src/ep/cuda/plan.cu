@@ -114,13 +114,12 @@ __device__ void writeCounts(const PlanArguments& plan, std::int64_t rankPlace,
   }
 }
 
-/// Tells the hosts of all ranks what is given of them; of counts below 0, which are refused, 0.
+/// Tells the hosts of all ranks what is given of them.
 __device__ void tellAll(const PlanArguments& plan) {
   const ReportMap map(plan.numRanks, plan.placement.numExperts);
   const Report report(plan);
   const auto tell = [&](int rank, std::int64_t at, std::int32_t count) {
-    const std::uint32_t value = static_cast<std::uint32_t>(max(count, 0)) + 1;
-    storeRelaxed(plan.boards[rank] + at, packSignal(value, plan.epoch));
+    storeRelaxed(plan.boards[rank] + at, packCount(count, plan.epoch));
   };
   for (int rank = numThreads() - 1 - static_cast<int>(threadIdx.x); rank < plan.numRanks;
        rank += numThreads()) {

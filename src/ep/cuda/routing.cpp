@@ -140,7 +140,7 @@ void launchPlan(const Context& context, PlanReporter& reporter, const PlacementA
   plan.scratch = reporter.scratch();
   plan.report = hostWaits ? reporter.report() : nullptr;
   if (hostWaits && boards != nullptr) {
-    plan.boards = boards->outgoing();
+    plan.boards = boards->places();
     plan.tellsAll = true;
     plan.epoch = epoch;
   }
