@@ -14,11 +14,11 @@
 #include "mscclpp_ep/buffer.hpp"
 #include "mscclpp_ep/event.hpp"
 #include "support/gpu.hpp"
+#include "transport/cuda_check.hpp"
 
 namespace mscclpp_ep {
 namespace {
 
-using testing::check;
 using testing::DeviceArray;
 using testing::Gate;
 using testing::kPoison;
@@ -71,11 +71,11 @@ void dispatchLate(Buffer& buffer, const OwnStream& stream,
   const DispatchHandle handle = dispatchOn(buffer, rank, stream);
   Result result(buffer, rank, false, stream);
   const std::size_t bytes = numBytes(rows.view);
-  check(cudaMemsetAsync(rank.inputs.x.data, 0, bytes, stream.get()), "wrong rows");
+  EP_CUDA_TRY(cudaMemsetAsync(rank.inputs.x.data, 0, bytes, stream.get()), "wrong rows");
   Gate gate(stream);
-  check(cudaMemcpyAsync(rank.inputs.x.data, rows.view.data, bytes, cudaMemcpyDeviceToDevice,
-                        stream.get()),
-        "right rows");
+  EP_CUDA_TRY(cudaMemcpyAsync(rank.inputs.x.data, rows.view.data, bytes, cudaMemcpyDeviceToDevice,
+                              stream.get()),
+              "right rows");
   PendingDispatch pending = buffer.beginCachedDispatch(rank.rowsOnly(), handle, stream.call());
   between(other);
   result.handle = buffer.finishDispatch(std::move(pending), result.outputs());
@@ -102,9 +102,9 @@ TEST_CASE("rows that a cached dispatch is to send may come late on its stream") 
     });
     dispatchLate(buffer, stream, [&](const OtherCall&) {
       const Tensor tensor = buffer.empty({1 << 20}, DataType::uint8, second.view());
-      check(cudaMemsetAsync(tensor.view.data, kPoison, 1 << 20, second.get()), "poison");
+      EP_CUDA_TRY(cudaMemsetAsync(tensor.view.data, kPoison, 1 << 20, second.get()), "poison");
     });
-    check(cudaDeviceSynchronize(), "work");
+    EP_CUDA_TRY(cudaDeviceSynchronize(), "work");
   }));
 }
 
@@ -176,7 +176,7 @@ TEST_CASE("dispatches under way at once, ordered in every way, with other calls 
     Player player(buffer, 11);
     for (int i = 0; i < 300; ++i) player.play();
     player.finish();
-    check(cudaDeviceSynchronize(), "work");
+    EP_CUDA_TRY(cudaDeviceSynchronize(), "work");
   }));
 }
 

@@ -9,11 +9,11 @@
 
 #include "mscclpp_ep/buffer.hpp"
 #include "support/gpu.hpp"
+#include "transport/cuda_check.hpp"
 
 namespace mscclpp_ep {
 namespace {
 
-using testing::check;
 using testing::contains;
 using testing::errorOf;
 using testing::onGpus;
@@ -69,7 +69,7 @@ TEST_CASE("a rank may abandon a dispatch and begin another before its counts are
       steps.await(kOverwritten);
     } else if (rank == 1 && steps.at() == kAbandoned) {
       // It waits for the others to enter: its plan has been enqueued before.
-      check(cudaDeviceSynchronize(), "the plan");
+      EP_CUDA_TRY(cudaDeviceSynchronize(), "the plan");
       steps.reach(kOverwritten);
     }
   };

@@ -15,31 +15,22 @@
 #include <random>
 #include <vector>
 
-#include "core/check.hpp"
 #include "mscclpp_ep/buffer.hpp"
+#include "mscclpp_ep/diagnostics.hpp"
 #include "mscclpp_ep/event.hpp"
 #include "support/oracle.hpp"
 #include "support/ranks.hpp"
+#include "transport/cuda_check.hpp"
 
 namespace mscclpp_ep::testing {
 
 inline constexpr int kPoison = 0xCD;
 
-inline void check(cudaError_t result, const char* what) {
-  require(result == cudaSuccess, what, ": ", cudaGetErrorString(result));
-}
-
-inline int numGpus() {
-  int count = 0;
-  check(cudaGetDeviceCount(&count), "cannot find GPUs");
-  return count;
-}
-
 /// A stream of the current GPU, for the calls of a buffer.
 class OwnStream {
  public:
   explicit OwnStream(Buffer& buffer) : buffer_(buffer) {
-    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream");
+    EP_CUDA_TRY(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "a stream");
   }
   ~OwnStream() {
     try {
@@ -60,7 +51,7 @@ class OwnStream {
     return call;
   }
   Event event() const { return {view(), buffer_.options().device.index}; }
-  void wait() const { check(cudaStreamSynchronize(stream_), "work on a stream"); }
+  void wait() const { EP_CUDA_TRY(cudaStreamSynchronize(stream_), "work on a stream"); }
 
  private:
   Buffer& buffer_;
@@ -71,7 +62,7 @@ class OwnStream {
 class Gate {
  public:
   explicit Gate(const OwnStream& stream) : stream_(stream.get()) {
-    check(cudaLaunchHostFunc(stream_, pass, &open_), "a gate");
+    EP_CUDA_TRY(cudaLaunchHostFunc(stream_, pass, &open_), "a gate");
   }
   ~Gate() {
     open();
@@ -96,17 +87,16 @@ class Gate {
 class DeviceArray {
  public:
   DeviceArray(DataType dtype, std::initializer_list<std::int64_t> shape) {
-    int device = 0;
-    check(cudaGetDevice(&device), "the current GPU");
-    view = makeView(nullptr, dtype, shape, {DeviceType::cuda, device});
-    check(cudaMalloc(&view.data, numBytes(view) + 1), "memory");
+    view = makeView(nullptr, dtype, shape, {DeviceType::cuda, currentDevice()});
+    EP_CUDA_TRY(cudaMalloc(&view.data, numBytes(view) + 1), "memory");
     owner_.reset(view.data, [](void* data) { (void)cudaFree(data); });
   }
   template <typename T>
   DeviceArray(const std::vector<T>& values, DataType dtype,
               std::initializer_list<std::int64_t> shape)
       : DeviceArray(dtype, shape) {
-    check(cudaMemcpy(view.data, values.data(), numBytes(view), cudaMemcpyHostToDevice), "a copy");
+    EP_CUDA_TRY(cudaMemcpy(view.data, values.data(), numBytes(view), cudaMemcpyHostToDevice),
+                "a copy");
   }
 
   TensorView view;
@@ -166,8 +156,8 @@ struct Result {
   Result(Buffer& buffer, const Rank& rank, std::int64_t rows, bool topk, const OwnStream& stream) {
     const auto make = [&](DataType dtype, std::int64_t columns) {
       const Tensor tensor = buffer.empty({rows, columns}, dtype, stream.view());
-      check(cudaMemsetAsync(tensor.view.data, kPoison, numBytes(tensor.view), stream.get()),
-            "poison");
+      EP_CUDA_TRY(cudaMemsetAsync(tensor.view.data, kPoison, numBytes(tensor.view), stream.get()),
+                  "poison");
       return tensor;
     };
     x = make(rank.scenario().dtype, rank.scenario().hidden);
@@ -181,7 +171,7 @@ struct Result {
 
 inline Bytes onHost(const TensorView& view, const OwnStream& stream) {
   Bytes bytes(numBytes(view));
-  check(
+  EP_CUDA_TRY(
       cudaMemcpyAsync(bytes.data(), view.data, bytes.size(), cudaMemcpyDeviceToHost, stream.get()),
       "a copy");
   stream.wait();
@@ -225,11 +215,11 @@ inline Scenario scenarioOf(unsigned seed, int ranks) {
 /// what its buffer calls in waits.
 inline void onGpus(int ranks, const std::function<void(Buffer&)>& program,
                    const std::function<void(int)>& interrupt = {}) {
-  const int gpus = numGpus();
+  const int gpus = cudaDeviceCount();
   require(gpus > 0, "there is no GPU");
   runAsThreads(ranks, [&](Bootstrap& bootstrap) {
     const int rank = bootstrap.rank();
-    check(cudaSetDevice(rank % gpus), "a GPU");
+    EP_CUDA_TRY(cudaSetDevice(rank % gpus), "a GPU");
     BufferOptions options;
     options.device = {DeviceType::cuda, rank % gpus};
     options.arenaBytes = std::int64_t{64} << 20;
