@@ -178,6 +178,10 @@ constexpr std::uint64_t packCount(std::int32_t count, std::uint64_t tag) {
 constexpr std::uint32_t signalValue(std::uint64_t signal) {
   return static_cast<std::uint32_t>(signal >> 32);
 }
+/// -1: a word never written.
+constexpr std::int64_t signalCount(std::uint64_t signal) {
+  return std::int64_t{signalValue(signal)} - 1;
+}
 constexpr std::uint32_t signalTag(std::uint64_t signal) {
   return static_cast<std::uint32_t>(signal);
 }

@@ -139,7 +139,7 @@ void launchPlan(const Context& context, PlanReporter& reporter, const PlacementA
   plan.shownInRank = static_cast<std::uint8_t*>(routing.shownInRank.view.data);
   plan.scratch = reporter.scratch();
   plan.report = hostWaits ? reporter.report() : nullptr;
-  if (hostWaits && boards != nullptr) {
+  if (boards != nullptr) {
     plan.boards = boards->places();
     plan.tellsAll = true;
     plan.epoch = epoch;
@@ -176,10 +176,11 @@ void examineRouting(Context& context, PlanReporter& reporter, const PlacementArr
   EP_EXPECTS(!hostWaits || !context.capturing,
              "num_worst_tokens is 0, so that the host would wait for counts, which it cannot while "
              "a graph is captured; give num_worst_tokens, or a handle");
+  if (!hostWaits) boards = nullptr;
   const auto routing = makeRouting(context, request);
   launchPlan(context, reporter, placement, request, *routing, hostWaits, boards, epoch);
   request.routing.onGpu = routing;
-  request.routing.countsFollow = hostWaits && boards != nullptr;
+  request.routing.countsFollow = boards != nullptr;
 }
 
 void verifyRouting(const Context& context, const PlanReporter& reporter,

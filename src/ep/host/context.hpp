@@ -48,19 +48,18 @@ struct HostContext {
     }
   }
 
-  /// Raises a progress word at `peer`: `rows` so far in this operation. The word carries one more,
-  /// so that one never written, which is 0, is no word of an operation whose tag is 0.
+  /// Raises a progress word at `peer`: `rows` so far in this operation.
   /// A masked peer may still wait for the word of an operation before: that one stays.
   void raise(Progress which, int peer, std::int64_t rows) const {
     if (masked(peer)) return;
-    word(peer, which, rank()).store(packSignal(static_cast<std::uint32_t>(rows + 1), epoch));
+    word(peer, which, rank()).store(packCount(static_cast<std::int32_t>(rows), epoch));
     transport.ring(peer);
   }
   /// Rows that `peer` has raised at this rank in this operation; -1: no word of it yet.
   std::int64_t raised(Progress which, int peer) const {
     const std::uint64_t signal = word(rank(), which, peer).load();
     const bool current = signalTag(signal) == static_cast<std::uint32_t>(epoch);
-    return current ? std::int64_t{signalValue(signal)} - 1 : -1;
+    return current ? signalCount(signal) : -1;
   }
   /// Whether `peer` has raised a word at this rank in operation `past` or a later one.
   bool hasRaisedSince(Progress which, int peer, std::uint64_t past) const {

@@ -39,7 +39,7 @@ class Incoming {
     constexpr std::uint32_t kMostAhead = 2 * kMailboxDepth;
     const std::uint32_t ahead = signalTag(word) - tag_;
     if (signalValue(word) == 0 || ahead > kMostAhead) return false;
-    counts_[known_] = ahead == 0 ? std::int64_t{signalValue(word)} - 1 : 0;
+    counts_[known_] = ahead == 0 ? signalCount(word) : 0;
     return true;
   }
 
