@@ -2,7 +2,6 @@
 #include "host/backend.hpp"
 
 #include <algorithm>
-#include <optional>
 
 #include "cuda/await.hpp"
 #include "cuda/combine.hpp"
@@ -132,7 +131,7 @@ class CudaBackend final : private Resources, public HostBackend {
     const CurrentDevice current(device);
     users.lookForCapture();
     if (users.capturing()) return;
-    join();
+    callOrder_.join();
     orderStreams(handleOf(user), stream.get());
     users.remove(handleOf(user));
   }
@@ -152,13 +151,13 @@ class CudaBackend final : private Resources, public HostBackend {
                                               const DispatchPlan& plan,
                                               const DispatchOutputs& outputs) override {
     const CurrentDevice current(device);
-    join();
+    callOrder_.join();
     Context now = context(request.call);
     return cuda::moveRows(now, placements_.get(*request.placement), request, plan, outputs);
   }
   void combineRows(const CombineRequest& request) override {
     const CurrentDevice current(device);
-    join();
+    callOrder_.join();
     Context now = context(request.call);
     cuda::combineRows(now, request);
   }
@@ -189,7 +188,6 @@ class CudaBackend final : private Resources, public HostBackend {
   bool isCallersOnly() const;
   bool canPlanOnCallers(const CallOptions& call) const;
   void freeDropped();
-  void join();
 
   Context context(const CallOptions& call) {
     return {context_,
@@ -223,8 +221,7 @@ class CudaBackend final : private Resources, public HostBackend {
   PeerMemory flags_{peerOrder->flags(), PeerOrder::kFlagBytes};
   PeerMemory packets_{peerOrder->packets(), PeerOrder::kPacketBytes};
   DeviceArray<std::uint64_t> nextChunk_{1};
-  std::optional<cudaStream_t> toJoin_;  ///< a caller's, behind which operations are yet to be put
-  std::optional<cudaStream_t> behind_;  ///< a caller's that is behind all operations
+  CallOrder callOrder_{stream.get()};
 };
 
 /// What this rank still waits for on the GPU ends, and with it what it reads and writes.
@@ -245,15 +242,15 @@ void CudaBackend::beginCall(const CallOptions& call) {
   const CurrentDevice current(device);
   users.add(handleOf(call.stream));
   users.allowWaiting(!call.previous.has_value());
-  if (toJoin_) join();  // a dispatch is begun and not finished
+  callOrder_.joinIfBegun();  // a dispatch is begun and not finished
   if (call.previous) {
     call.previous->wait(commStream());
   } else {
-    toJoin_ = handleOf(call.stream);
+    callOrder_.begin(handleOf(call.stream));
   }
   users.lookForCapture();
-  if (users.capturing() && toJoin_) {
-    join();
+  if (users.capturing() && callOrder_.toJoin()) {
+    callOrder_.join();
     users.lookForCapture();  // of which graph the operations are a part
   }
   freeDropped();
@@ -268,7 +265,8 @@ void CudaBackend::beginCall(const CallOptions& call) {
 /// Whether memory is used by the caller's stream only, behind which the stream of operations is
 /// about to be: and not by ranks that were lost.
 bool CudaBackend::isCallersOnly() const {
-  return losses == nullptr && toJoin_ && !users.capturing() && users.areOnly(*toJoin_);
+  const auto callers = callOrder_.toJoin();
+  return losses == nullptr && callers && !users.capturing() && users.areOnly(*callers);
 }
 
 void CudaBackend::freeDropped() {
@@ -277,43 +275,33 @@ void CudaBackend::freeDropped() {
   pool_.freeDropped();
 }
 
-/// Orders the stream of operations behind the caller's: before something is enqueued there, which
-/// no stream is behind any more.
-void CudaBackend::join() {
-  behind_.reset();
-  if (const auto callers = std::exchange(toJoin_, std::nullopt)) {
-    orderStreams(*callers, stream.get());
-  }
-}
-
 /// If the caller's stream is behind all operations, a plan can come next on it, and the streams be
 /// ordered while the GPU is at work. A stream that others may have this handle of, or of which a
 /// graph may be running, is not known to be behind.
 bool CudaBackend::canPlanOnCallers(const CallOptions& call) const {
-  return !call.async && isCallersOnly() && behind_ == toJoin_ && !users.everCaptured();
+  return !call.async && isCallersOnly() && callOrder_.callersIsBehind() && !users.everCaptured();
 }
 
 void CudaBackend::endCall(const CallOptions& call) {
   const CurrentDevice current(device);
-  join();
+  callOrder_.join();
   if (call.async) return;
-  const cudaStream_t callers = handleOf(call.stream);
-  orderStreams(stream.get(), callers);
-  // Of each thread, the latter is another stream.
-  if (!users.capturing() && callers != cudaStreamPerThread) behind_ = callers;
+  callOrder_.end(handleOf(call.stream));
+  // What a graph orders is so only where it runs.
+  if (users.capturing()) callOrder_.forget();
 }
 
 void CudaBackend::examineRouting(DispatchRequest& request) {
   requireNoDispatch();  // whose plan is the last one, until it is finished
   const CurrentDevice current(device);
   const bool onCallers = canPlanOnCallers(request.call);
-  if (!onCallers) join();
+  if (!onCallers) callOrder_.join();
   Context now = context(request.call);
   if (onCallers) now.stream = handleOf(request.call.stream);
   const bool fits = fitToldCounts(*request.placement, context_.size());
   cuda::examineRouting(now, reporter_, placements_.get(*request.placement), request,
                        fits ? boards.get() : nullptr, nextEpoch());
-  join();
+  callOrder_.join();
   const bool hostWaits = request.options.numWorstTokens == 0;
   if (hostWaits && !request.routing.countsFollow) cuda::awaitCounts(now, reporter_, request);
 }
@@ -328,7 +316,7 @@ Tensor CudaBackend::allocate(std::size_t bytes, MemoryKind kind, Stream user) {
     keepWithGraph(*capturing, tensor.owner);
   } else if (user.given()) {
     // Free memory is free for what comes on the stream of operations.
-    if (toJoin_) join();
+    callOrder_.joinIfBegun();
     orderStreams(stream.get(), handleOf(user));
   }
   return tensor;
@@ -407,7 +395,7 @@ void CudaBackend::getDispatchLayout(const TensorView& topkIdx, const ExpertPlace
                                     const LayoutOutputs& outputs) {
   requireUsable();
   const CurrentDevice current(device);
-  join();
+  callOrder_.join();
   CountArguments arguments;
   arguments.topk = {topkIdx.data, nullptr, topkIdx.shape[1], topkIdx.dtype == DataType::int64};
   arguments.owner = placements_.get(placement).owner;

@@ -16,11 +16,6 @@ namespace {
 
 constexpr int kThreads = 1024;
 
-/// A count is sent with one more than it is, as no packet has value 0.
-__device__ void sendCount(std::uint64_t* place, std::uint64_t epoch, std::int32_t count) {
-  storeRelaxed(place, packSignal(static_cast<std::uint32_t>(count) + 1, epoch));
-}
-
 /// Whether a rank has no part in it: also one that was masked when a graph was captured.
 __device__ bool isAbsent(const ExchangeArguments& exchange, int rank) {
   return isLost(exchange.order, rank) || exchange.outgoing[rank] == nullptr;
@@ -29,16 +24,15 @@ __device__ bool isAbsent(const ExchangeArguments& exchange, int rank) {
 __device__ void sendCounts(const ExchangeArguments& exchange, std::uint64_t epoch) {
   for (int rank = threadIdx.x; rank < exchange.order.numRanks; rank += blockDim.x) {
     if (!isAbsent(exchange, rank)) {
-      sendCount(exchange.outgoing[rank], epoch, exchange.sent[rank]);
+      storeRelaxed(exchange.outgoing[rank], packCount(exchange.sent[rank], epoch));
     }
   }
   for (std::int64_t e = threadIdx.x; e < exchange.placement.numExperts; e += blockDim.x) {
     const std::int32_t owner = exchange.placement.owner[e];
     if (isAbsent(exchange, owner)) continue;
     std::uint64_t* counts = exchange.outgoing[owner] + 1;
-    // A negative count is noticed elsewhere, and would be no packet.
-    const std::int32_t count = exchange.perExpert[e] < 0 ? 0 : exchange.perExpert[e];
-    sendCount(counts + exchange.placement.localIndex[e], epoch, count);
+    storeRelaxed(counts + exchange.placement.localIndex[e],
+                 packCount(exchange.perExpert[e], epoch));
   }
 }
 
@@ -56,7 +50,7 @@ __device__ std::int32_t awaitCount(const ExchangeArguments& exchange, std::uint6
     giveUp(exchange.order, epoch, Word::firstRow, rank, seen, patience.aborted());
     return isLost(exchange.order, rank) ? 0 : -1;
   }
-  return static_cast<std::int32_t>(signalValue(seen) - 1);
+  return static_cast<std::int32_t>(signalCount(seen));
 }
 
 /// Where ranks may be lost: waits for all counts before any is used, so that all of a rank's count,
@@ -105,7 +99,7 @@ __device__ void placeRows(const ExchangeArguments& exchange, std::uint64_t epoch
   } else if (!isAbsent(exchange, rank)) {
     // All that there is to tell is in the word.
     storeRelaxed(order.peers[rank] + SignalMap(order.numRanks).at(Word::firstRow, order.rank),
-                 packSignal(static_cast<std::uint32_t>(first) + 1, epoch));
+                 packCount(first, epoch));
   }
   exchange.prefixMatrix[rank * order.numRanks + order.rank] = end;
   exchange.firstRowFrom[rank] = first;
@@ -146,8 +140,7 @@ __device__ bool receivePlaces(const ExchangeArguments& exchange, std::uint64_t e
     const std::uint64_t word =
         isAbsent(exchange, rank) ? 0 : awaitWord(order, epoch, Word::firstRow, rank);
     came = came && (word != 0 || isAbsent(exchange, rank));
-    exchange.firstRows[rank] =
-        word != 0 ? static_cast<std::int32_t>(signalValue(word) - 1) : kNoPlace;
+    exchange.firstRows[rank] = word != 0 ? static_cast<std::int32_t>(signalCount(word)) : kNoPlace;
   }
   return came;
 }

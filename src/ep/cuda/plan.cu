@@ -99,19 +99,25 @@ class Report {
   const PlanArguments& plan_;
 };
 
-/// A value of each rank and of each expert. Threads from both ends, so that most wait for memory
+/// Calls `ofRank` and `ofExpert` for each. Threads from both ends, so that most wait for memory
 /// once.
+template <class OfRank, class OfExpert>
+__device__ void forRanksAndExperts(const PlanArguments& plan, OfRank ofRank, OfExpert ofExpert) {
+  for (int rank = numThreads() - 1 - static_cast<int>(threadIdx.x); rank < plan.numRanks;
+       rank += numThreads()) {
+    ofRank(rank);
+  }
+  for (std::int64_t e = threadIdx.x; e < plan.placement.numExperts; e += numThreads()) ofExpert(e);
+}
+
+/// A value of each rank and of each expert.
 __device__ void writeCounts(const PlanArguments& plan, std::int64_t rankPlace,
                             const std::int32_t* ofRanks, std::int64_t expertPlace,
                             const std::int32_t* ofExperts) {
   const Report report(plan);
-  for (int i = numThreads() - 1 - static_cast<int>(threadIdx.x); i < plan.numRanks;
-       i += numThreads()) {
-    report.write(rankPlace + i, ofRanks[i]);
-  }
-  for (std::int64_t i = threadIdx.x; i < plan.placement.numExperts; i += numThreads()) {
-    report.write(expertPlace + i, ofExperts[i]);
-  }
+  forRanksAndExperts(
+      plan, [&](int rank) { report.write(rankPlace + rank, ofRanks[rank]); },
+      [&](std::int64_t e) { report.write(expertPlace + e, ofExperts[e]); });
 }
 
 /// Tells the hosts of all ranks what is given of them.
@@ -121,15 +127,16 @@ __device__ void tellAll(const PlanArguments& plan) {
   const auto tell = [&](int rank, std::int64_t at, std::int32_t count) {
     storeRelaxed(plan.boards[rank] + at, packCount(count, plan.epoch));
   };
-  for (int rank = numThreads() - 1 - static_cast<int>(threadIdx.x); rank < plan.numRanks;
-       rank += numThreads()) {
-    const std::int32_t count = plan.perRank[rank];
-    report.write(map.perRank() + rank, count);
-    tell(rank, 0, count);
-  }
-  for (std::int64_t i = threadIdx.x; i < plan.placement.numExperts; i += numThreads()) {
-    tell(plan.placement.owner[i], 1 + plan.placement.localIndex[i], plan.perExpert[i]);
-  }
+  forRanksAndExperts(
+      plan,
+      [&](int rank) {
+        const std::int32_t count = plan.perRank[rank];
+        report.write(map.perRank() + rank, count);
+        tell(rank, 0, count);
+      },
+      [&](std::int64_t e) {
+        tell(plan.placement.owner[e], 1 + plan.placement.localIndex[e], plan.perExpert[e]);
+      });
 }
 
 /// What the host can go on with.

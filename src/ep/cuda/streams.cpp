@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <mutex>
+#include <utility>
 
 namespace mscclpp_ep::cuda {
 
@@ -96,6 +97,19 @@ void UserStreams::lookForCapture() {
 std::unique_ptr<Fence> UserStreams::fence() {
   if (capturing_) return nullptr;
   return std::make_unique<Behind>(*this);
+}
+
+void CallOrder::join() {
+  forget();
+  if (const auto callers = std::exchange(toJoin_, std::nullopt)) {
+    orderStreams(*callers, operations_);
+  }
+}
+
+void CallOrder::end(cudaStream_t callers) {
+  orderStreams(operations_, callers);
+  // Of each thread, the latter is another stream.
+  if (callers != cudaStreamPerThread) behind_ = callers;
 }
 
 }  // namespace mscclpp_ep::cuda

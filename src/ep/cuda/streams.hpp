@@ -108,6 +108,34 @@ class UserStreams {
   bool everCaptured_ = false;
 };
 
+/// How the stream of operations and that of a call stand to each other.
+class CallOrder {
+ public:
+  explicit CallOrder(cudaStream_t operations) : operations_(operations) {}
+
+  /// Operations are to come behind what is on this stream of a caller's: they do from join() on.
+  void begin(cudaStream_t callers) { toJoin_ = callers; }
+  std::optional<cudaStream_t> toJoin() const { return toJoin_; }
+  /// Before something is enqueued on the stream of operations, which none is behind any more.
+  void join();
+  /// The same, if operations are yet to be put behind a stream.
+  void joinIfBegun() {
+    if (toJoin_) join();
+  }
+  /// Puts the caller's stream behind all operations.
+  void end(cudaStream_t callers);
+  /// Whether the stream that operations are yet to be put behind is behind all of them itself:
+  /// what is enqueued there is in order as well.
+  bool callersIsBehind() const { return toJoin_ && toJoin_ == behind_; }
+  /// No stream is taken to be behind operations any more.
+  void forget() { behind_.reset(); }
+
+ private:
+  cudaStream_t operations_;
+  std::optional<cudaStream_t> toJoin_;
+  std::optional<cudaStream_t> behind_;
+};
+
 }  // namespace mscclpp_ep::cuda
 
 #endif  // MSCCLPP_EP_CUDA_STREAMS_HPP_

@@ -363,12 +363,12 @@ def noticed_later(context, seed: int) -> None:
     assert (context.backend.host(result.topk_idx) < CASE.experts).all()
     steps.raised(ep.InvalidArgument, buffer.check)
 
-    arguments = steps.dispatch_arguments(context, world)
-    arguments["num_worst_tokens"] = sum(len(sent.x) for sent in world.sent)
-    arguments["num_tokens_per_rank"] += 1
-    buffer.dispatch(**arguments)
-    message = str(steps.raised(ep.InvalidArgument, buffer.check))
-    assert "num_tokens_per_rank" in message
+    for counts, change in (("num_tokens_per_rank", 1), ("num_tokens_per_expert", -1000)):
+        arguments = steps.dispatch_arguments(context, world)
+        arguments["num_worst_tokens"] = sum(len(sent.x) for sent in world.sent)
+        arguments[counts] += change
+        buffer.dispatch(**arguments)
+        assert counts in str(steps.raised(ep.InvalidArgument, buffer.check))
     steps.round_trip(context, buffer, CASE, seed)
 
 
