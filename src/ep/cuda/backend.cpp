@@ -2,6 +2,8 @@
 #include "host/backend.hpp"
 
 #include <algorithm>
+#include <chrono>
+#include <thread>
 
 #include "cuda/await.hpp"
 #include "cuda/combine.hpp"
@@ -185,6 +187,7 @@ class CudaBackend final : private Resources, public HostBackend {
   void abort() noexcept override { peerOrder->abort(); }
   void settle() override;
   void awaitStream() const;
+  void awaitBriefly() const noexcept;
   bool isCallersOnly() const;
   bool canPlanOnCallers(const CallOptions& call) const;
   void freeDropped();
@@ -224,14 +227,26 @@ class CudaBackend final : private Resources, public HostBackend {
   CallOrder callOrder_{stream.get()};
 };
 
+/// Lets end what this rank has enqueued: other ranks, which may be late, have their part in it.
+void CudaBackend::awaitBriefly() const noexcept {
+  constexpr std::chrono::seconds kBriefly{5};
+  const auto end = std::chrono::steady_clock::now() + kBriefly;
+  const RelaxedCapture relaxed;
+  while (cudaStreamQuery(stream.get()) == cudaErrorNotReady) {
+    if (std::chrono::steady_clock::now() > end) return;
+    std::this_thread::yield();
+  }
+}
+
 /// What this rank still waits for on the GPU ends, and with it what it reads and writes.
 CudaBackend::~CudaBackend() {
   if (inChild()) return;
-  if (!left()) transport_->giveUp();
-  peerOrder->abort();
   int before = 0;
   (void)cudaGetDevice(&before);
   (void)cudaSetDevice(device);
+  if (usable()) awaitBriefly();
+  if (!left()) transport_->giveUp();
+  peerOrder->abort();
   (void)cudaStreamSynchronize(stream.get());
   (void)cudaSetDevice(before);
   (void)cudaGetLastError();

@@ -91,6 +91,8 @@ class HostBackend : public Backend, public std::enable_shared_from_this<HostBack
   bool inChild() const;
   void refuseChild() const;
   void requireUsable();
+  /// Whether it has not failed.
+  bool usable() const { return failure_.empty(); }
   /// Whether all ranks have said goodbye.
   bool left() const { return left_; }
   void requireNoDispatch() const;

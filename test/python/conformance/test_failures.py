@@ -85,10 +85,13 @@ def test_killed_at_work(doomed, size, seed):
 
 @pytest.mark.gpu_only
 @pytest.mark.parametrize("size", [2, 4])
-def test_killed_in_its_kernel(doomed, size, seed):
+@pytest.mark.parametrize("dispatches", [False, True], ids=["checked", "dispatching"])
+def test_killed_in_its_kernel(doomed, size, dispatches, seed):
     pool, victim = doomed(size), size - 1
     before = leftovers(pool)
-    run = pool.start(torrent.killed_in_kernel, victim, 3.0, seed)
+    run = pool.start(
+        torrent.killed_in_kernel, victim, dispatches, TIMEOUT if dispatches else 3.0, seed
+    )
     outcomes = run.result()
     expect_death_of(victim, outcomes)
     expect_named(victim, outcomes)
@@ -124,6 +127,11 @@ def test_rank_that_never_comes(ranks, seed):
 @pytest.mark.ranks(2, 3)
 def test_rank_that_destroys_its_buffer_alone(ranks, seed):
     ranks.check(failures.destroyed_alone, SHORT, seed)
+
+
+@pytest.mark.ranks(2, 3, 8)
+def test_rank_that_leaves_behind_a_combine(ranks, seed):
+    ranks.check(failures.left_behind_a_combine, seed)
 
 
 @pytest.mark.ranks(2, 3, modes=("process",))

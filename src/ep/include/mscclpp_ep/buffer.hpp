@@ -142,7 +142,9 @@ class MSCCLPP_EP_API Buffer {
   /// Waits, within the timeout, until no peer uses this rank's memory any more, and lets go of it;
   /// results stay valid. Collective; calling it again does nothing.
   void destroy();
-  /// Lets go without waiting for anybody, as the destructor does: for a rank that has failed.
+  /// Lets go without waiting for calls of other ranks, as the destructor does: for a rank that has
+  /// failed. Only what it has enqueued on a GPU, in which the others have their part, is given some
+  /// seconds to end.
   void leave() noexcept;
   bool destroyed() const;
 

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+import mscclpp_ep as ep
 from harness import steps
 from harness.cases import Case, World, world_of
 
@@ -205,12 +208,11 @@ def timed_pushes(context, seed: int) -> None:
     steps.round_trip(context, buffer, CASES[0], seed)
 
 
-def killed_in_kernel(context, victim: int, timeout: float, seed: int) -> str:
-    """The victim dies between its call and its kernel, for which those of the others wait."""
-    import signal
+def killed_in_kernel(context, victim: int, dispatches: bool, timeout: float, seed: int) -> str:
+    """The victim dies between its call and its kernel, for which those of the others wait.
 
-    import mscclpp_ep as ep
-
+    By a dispatch, which waits for counts behind that, they learn of it long before the timeout.
+    """
     torch = context.backend.torch
     buffer = context.buffer(timeout=timeout)
     known = learn(context, buffer, CASES[0], seed)
@@ -221,7 +223,12 @@ def killed_in_kernel(context, victim: int, timeout: float, seed: int) -> str:
     result = buffer.dispatch(x, handle=known.first.handle)
     if context.rank == victim:
         os.kill(os.getpid(), signal.SIGKILL)
-    error = steps.raised((ep.Timeout, ep.PeerFailure), buffer.check)
+    if dispatches:
+        start = time.monotonic()
+        error = steps.raised(ep.PeerFailure, buffer.dispatch, **known.arguments)
+        assert time.monotonic() - start < timeout / 2
+    else:
+        error = steps.raised((ep.Timeout, ep.PeerFailure), buffer.check)
     steps.raised(ep.Error, buffer.dispatch, x, handle=known.first.handle)
     # The GPU works on, and what was there before is as it was.
     steps.verify_dispatch(context, known.world, known.first)
