@@ -230,6 +230,11 @@ class Buffer(LowLatencyMethods):
             # The other ranks may never come to destroy; the error that leads here must not wait.
             self._core.leave()
 
+    def __del__(self) -> None:
+        # So does the destructor of the core, but other threads of Python would have to wait for it.
+        if hasattr(self, "_core"):
+            self._core.leave()
+
     def is_available(self) -> bool:
         """Whether the buffer is connected."""
         return not self._core.destroyed

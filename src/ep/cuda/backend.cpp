@@ -29,6 +29,9 @@ namespace {
 /// Those of DeepEP, which leave most of the GPU to the model.
 constexpr int kDefaultSms = 20;
 
+/// How long a rank that leaves waits for its kernels.
+constexpr std::chrono::seconds kMostBriefly{5};
+
 cudaStream_t handleOf(Stream stream) { return static_cast<cudaStream_t>(stream.handle()); }
 
 /// Memory behind it is used again only when it is known what ranks that are lost may write to.
@@ -96,6 +99,7 @@ class CudaBackend final : private Resources, public HostBackend {
                     static_cast<std::size_t>(options.arenaBytes), bufferId, makeFence()),
         deviceSms_(multiprocessors(options.device.index)),
         smMargin_(options.smMargin),
+        briefly_(std::min<std::chrono::duration<double>>(kMostBriefly, options.timeout / 2)),
         pollInterrupt_([this, poll = options.pollInterrupt] {
           if (losses != nullptr) losses->watch();
           if (poll) poll();
@@ -217,6 +221,7 @@ class CudaBackend final : private Resources, public HostBackend {
 
   const int deviceSms_;
   const int smMargin_;
+  const std::chrono::duration<double> briefly_;  ///< hosts of others wait no longer than `timeout`
   const std::function<void()> pollInterrupt_;
   DevicePool pool_;
   PlanReporter reporter_;
@@ -229,12 +234,12 @@ class CudaBackend final : private Resources, public HostBackend {
 
 /// Lets end what this rank has enqueued: other ranks, which may be late, have their part in it.
 void CudaBackend::awaitBriefly() const noexcept {
-  constexpr std::chrono::seconds kBriefly{5};
-  const auto end = std::chrono::steady_clock::now() + kBriefly;
+  constexpr std::chrono::milliseconds kPeriod{1};
+  const auto end = std::chrono::steady_clock::now() + briefly_;
   const RelaxedCapture relaxed;
   while (cudaStreamQuery(stream.get()) == cudaErrorNotReady) {
     if (std::chrono::steady_clock::now() > end) return;
-    std::this_thread::yield();
+    std::this_thread::sleep_for(kPeriod);
   }
 }
 

@@ -2,7 +2,6 @@
 #include "cuda/routing.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
 #include "core/memory_map.hpp"
@@ -79,22 +78,16 @@ class PlanReport {
 };
 
 /// Waits until the GPU has written what is from a place to another. What comes before that on the
-/// caller's stream may take any time, so only an error or the user ends this: also that of another
-/// rank, without which there will be no dispatch, and for which a kernel before may be waiting. It
-/// comes second to an error that this rank is about to find itself.
+/// caller's stream may take any time, so only an error or the user ends this.
 void awaitReport(const Context& context, const PlanReport& report, std::int64_t begin,
                  std::int64_t end) {
   const auto complete = [&] {
     while (begin < end && report.hasCome(begin)) ++begin;
     return begin == end;
   };
-  constexpr std::chrono::seconds kToFindOwn{1};
-  const auto lookAtOthers = std::chrono::steady_clock::now() + kToFindOwn;
   awaitWatching(complete, [&] {
     requireNoFailure(context.stream);
     context.pollInterrupt();
-    if (std::chrono::steady_clock::now() < lookAtOthers) return;
-    context.transport.lookForFailures("the counts");
   });
 }
 

@@ -355,14 +355,12 @@ bool SharedMemory::maskFailed(const Awaited& missing, bool late) {
   return any;
 }
 
-void SharedMemory::lookForFailures(const char* what) {
-  if (connecting_ || leaving_) return;
+void SharedMemory::maskFailed() {
+  if (!shrink_ || connecting_ || leaving_) return;
   lookAtPeers();
-  Awaited others{{}, what};
-  for (int peer = 0; peer < size(); ++peer) {
-    if (peer != rank_) others.ranks.push_back(peer);
-  }
-  shrink_ ? void(maskFailed(others, false)) : throwIfPeerFailed(others);
+  Awaited all;
+  for (int peer = 0; peer < size(); ++peer) all.ranks.push_back(peer);
+  maskFailed(all, false);
 }
 
 void SharedMemory::handleFailures(const Awaited& missing) {

@@ -46,7 +46,7 @@ class SharedMemory final : public Transport {
   void enterCall(std::uint32_t mode) override;
   bool masked(int peer) const override { return at(peer).masked; }
   void setMask(int peer, bool masked) override;
-  void lookForFailures(const char* what) override;
+  void maskFailed() override;
   bool mayStillWrite(int peer) const override;
   void requireNobodyGaveUp() override;
   void giveUp() noexcept override;

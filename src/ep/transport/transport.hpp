@@ -81,9 +81,9 @@ class Transport {
   virtual bool masked(int peer) const = 0;
   /// Masks a peer, which is told, or takes it in again. Throws PeerFailure for one that is gone.
   virtual void setMask(int peer, bool masked) = 0;
-  /// For who waits otherwise than by wait(), for `what` of all ranks: masks those that are gone,
-  /// have given up or masked this one, or throws PeerFailure, where ranks are not masked.
-  virtual void lookForFailures(const char* what) { (void)what; }
+  /// Masks the ranks that have died, given up or masked this one, where ranks are masked: for who
+  /// waits for a rank otherwise than by wait().
+  virtual void maskFailed() {}
   /// Whether a masked peer may still write to memory that it was told of before.
   virtual bool mayStillWrite(int peer) const = 0;
 

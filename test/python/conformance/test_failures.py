@@ -134,6 +134,16 @@ def test_rank_that_leaves_behind_a_combine(ranks, seed):
     ranks.check(failures.left_behind_a_combine, seed)
 
 
+@pytest.mark.ranks(2, 3)
+def test_rank_that_drops_its_buffer(ranks, seed):
+    run = ranks.start(failures.dropped, TIMEOUT, seed)
+    for rank in range(1, ranks.size):
+        run.report(rank)
+    run.send(0)
+    outcomes = run.result()
+    assert [str(o.failure) for o in outcomes] == ["None"] * ranks.size
+
+
 @pytest.mark.ranks(2, 3, modes=("process",))
 def test_interrupt(ranks, seed):
     victim = ranks.size - 1

@@ -33,6 +33,9 @@ class Cpu:
     def synchronize(self) -> None:
         """Waits for all work that this rank has been given."""
 
+    def delay(self) -> None:
+        """Makes what comes next on this rank's stream, if there is one, come late."""
+
     def write(self, tensor, values) -> None:
         """Writes to a tensor of the library's."""
         np.asarray(tensor)[...] = values
@@ -50,7 +53,7 @@ class Cpu:
 
 # Types that every framework copies bit by bit, by their size.
 INTEGERS = {1: "uint8", 2: "int16", 4: "int32", 8: "int64"}
-DELAY = 200_000  # cycles of a GPU
+DELAY, LONG_DELAY = 200_000, 500_000_000  # cycles of a GPU
 
 
 class Cuda:
@@ -92,6 +95,9 @@ class Cuda:
 
     def synchronize(self) -> None:
         self.torch.cuda.current_stream().synchronize()
+
+    def delay(self) -> None:
+        self.torch.cuda._sleep(LONG_DELAY)
 
     def write(self, tensor, values) -> None:
         name = str(tensor.dtype).removeprefix("torch.")

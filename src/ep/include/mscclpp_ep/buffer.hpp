@@ -57,8 +57,8 @@ class MSCCLPP_EP_API Buffer {
   static void decline(Bootstrap& bootstrap, std::string_view why);
   Buffer(Buffer&&) noexcept;
   Buffer& operator=(Buffer&&) noexcept;
-  /// Leaves without waiting for anybody, and never throws. Ranks still in an operation with this
-  /// one throw PeerFailure: call destroy() first.
+  /// As leave(), and never throws. Ranks still in an operation with this one throw PeerFailure:
+  /// call destroy() first.
   ~Buffer();
 
   int rank() const;
@@ -142,9 +142,9 @@ class MSCCLPP_EP_API Buffer {
   /// Waits, within the timeout, until no peer uses this rank's memory any more, and lets go of it;
   /// results stay valid. Collective; calling it again does nothing.
   void destroy();
-  /// Lets go without waiting for calls of other ranks, as the destructor does: for a rank that has
-  /// failed. Only what it has enqueued on a GPU, in which the others have their part, is given some
-  /// seconds to end.
+  /// Lets go without waiting for calls of other ranks: for a rank that cannot come to destroy(). On
+  /// a GPU the operations of a buffer that has not failed have up to 5 seconds, or half of the
+  /// timeout, to end, as they are those of other ranks as well; but for what graphs replay.
   void leave() noexcept;
   bool destroyed() const;
 

@@ -139,18 +139,38 @@ def destroyed_alone(context, timeout: float, seed: int) -> None:
 
 
 def left_behind_a_combine(context, seed: int) -> None:
-    """Rank 0 leaves by an exception, and does not wait for what it has begun: the others do."""
+    """Rank 0 leaves by an exception, while the others, which may be late, count on its kernel."""
     buffer = context.buffer()
     world = world_of(LARGE, seed, context.size)
     handle = steps.dispatch(context, buffer, world).handle
+    rows, arguments = steps.combine_arguments(context, buffer, world)
     if context.rank == 0:
         with contextlib.suppress(LookupError), buffer:
-            steps.combine(context, buffer, world, handle)
+            buffer.combine(rows, handle, **arguments)
             raise LookupError
         steps.raised(ep.InvalidArgument, buffer.stats)
     else:
-        steps.verify_combine(context, world, steps.combine(context, buffer, world, handle))
+        context.backend.delay()
+        steps.verify_combine(context, world, buffer.combine(rows, handle, **arguments))
         buffer.check()
+
+
+def dropped(context, timeout: float, seed: int) -> None:
+    """Rank 0 drops its buffer, and keeps what it got of it: the others are told."""
+    buffer = context.buffer(timeout=timeout)
+    world = world_of(SMALL, seed, context.size)
+    kept = steps.dispatch(context, buffer, world)
+    if context.rank == 0:
+        context.opened.clear()
+        del buffer
+        gc.collect()
+        context.receive()
+    else:
+        error, seconds = timed(ep.PeerFailure, steps.dispatch, context, buffer, world)
+        context.report("told")
+        assert seconds < timeout / 2
+        assert steps.names_rank(str(error), 0) or "gave up" in str(error), error
+    steps.verify_dispatch(context, world, kept)
 
 
 def interrupted(context, victim: int, timeout: float, seed: int) -> str:

@@ -211,7 +211,7 @@ def timed_pushes(context, seed: int) -> None:
 def killed_in_kernel(context, victim: int, dispatches: bool, timeout: float, seed: int) -> str:
     """The victim dies between its call and its kernel, for which those of the others wait.
 
-    By a dispatch, which waits for counts behind that, they learn of it long before the timeout.
+    By a dispatch, which ranks enter first, they learn of it long before the timeout.
     """
     torch = context.backend.torch
     buffer = context.buffer(timeout=timeout)
