@@ -227,7 +227,7 @@ class Buffer(LowLatencyMethods):
         if exc_type is None:
             self.destroy()
         else:
-            # The others may never come to destroy; the error that leads here must not wait for them.
+            # The others may never come to destroy; an error that leads here must not wait for them.
             self._core.leave()
 
     def __del__(self) -> None:

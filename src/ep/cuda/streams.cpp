@@ -94,6 +94,16 @@ void UserStreams::lookForCapture() {
   everCaptured_ = everCaptured_ || capturing_.has_value();
 }
 
+bool UserStreams::idle() const {
+  const RelaxedCapture relaxed;
+  const auto busy = [](cudaStream_t stream) {
+    return cudaStreamQuery(stream) == cudaErrorNotReady;
+  };
+  // A stream that is captured may not be asked.
+  const bool replays = everCaptured_ && !capturing_;
+  return !busy(comm_) && !(replays && std::any_of(users_.begin(), users_.end(), busy));
+}
+
 std::unique_ptr<Fence> UserStreams::fence() {
   if (capturing_) return nullptr;
   return std::make_unique<Behind>(*this);

@@ -93,6 +93,10 @@ class UserStreams {
   /// Whether one ever was: it may be running now, on any stream.
   bool everCaptured() const { return everCaptured_; }
 
+  /// Whether nothing of the buffer's is under way: on the stream of operations, and on the others,
+  /// of which only graphs may have it.
+  bool idle() const;
+
   /// A fence behind what is enqueued now; null while a graph is captured, of which other streams
   /// are no part.
   std::unique_ptr<Fence> fence();

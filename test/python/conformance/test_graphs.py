@@ -37,6 +37,11 @@ def test_graphs_and_buffers_come_and_go(ranks, seed):
     ranks.check(graphs.outlive, Case(tokens=(20, 7)), seed)
 
 
+@pytest.mark.ranks(2, 3, modes=("process",))
+def test_rank_that_leaves_behind_a_replay(ranks, seed):
+    ranks.check(graphs.left_behind_a_replay, seed)
+
+
 @pytest.mark.ranks(2, modes=("process",))
 def test_without_room(ranks, seed):
     ranks.check(graphs.without_room, seed)

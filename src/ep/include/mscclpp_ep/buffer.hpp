@@ -144,7 +144,8 @@ class MSCCLPP_EP_API Buffer {
   void destroy();
   /// Lets go without waiting for calls of other ranks: for a rank that cannot come to destroy(). On
   /// a GPU the operations of a buffer that has not failed have up to 5 seconds, or half of the
-  /// timeout, to end, as they are those of other ranks as well; but for what graphs replay.
+  /// timeout, to end, as they are those of other ranks as well; of graphs, those on streams that
+  /// calls were given.
   void leave() noexcept;
   bool destroyed() const;
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 
 from harness import steps
@@ -45,18 +47,24 @@ def verify(context, world: World, result: steps.Dispatched, combined) -> None:
     steps.same_bits(host(combined), echo_of(world, rank), "combined x")
 
 
-def replays(context, case: Case, seed: int, times: int) -> None:
-    """Each replay sees its own inputs, in memory that was poisoned before."""
+def capture(context, buffer, arguments: dict) -> tuple:
+    """A graph of a dispatch and a combine, and what they will return."""
     torch = context.backend.torch
-    worlds = [world_of(case, seed + turn, context.size) for turn in range(8)]
-    buffer = context.buffer()
-    arguments = steps.dispatch_arguments(context, worlds[0])
-    arguments["num_worst_tokens"] = sum(len(sent.x) for sent in worlds[0].sent) + 3
     graph = torch.cuda.CUDAGraph()
     torch.cuda.current_stream().synchronize()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         result = steps.unpack(buffer.dispatch(**arguments))
         combined, _, _ = buffer.combine(result.x, result.handle)
+    return graph, result, combined
+
+
+def replays(context, case: Case, seed: int, times: int) -> None:
+    """Each replay sees its own inputs, in memory that was poisoned before."""
+    worlds = [world_of(case, seed + turn, context.size) for turn in range(8)]
+    buffer = context.buffer()
+    arguments = steps.dispatch_arguments(context, worlds[0])
+    arguments["num_worst_tokens"] = sum(len(sent.x) for sent in worlds[0].sent) + 3
+    graph, result, combined = capture(context, buffer, arguments)
     for turn in range(times):
         world = worlds[turn % len(worlds)]
         update(context, arguments, world)
@@ -92,21 +100,37 @@ def cached(context, case: Case, seed: int) -> None:
 
 def outlive(context, case: Case, seed: int) -> None:
     """A graph and its buffer go; the first call of the next buffer is captured as well."""
-    torch = context.backend.torch
     world = world_of(case, seed, context.size)
     for _ in range(3):
         arguments = steps.dispatch_arguments(context, world)
         arguments["num_worst_tokens"] = sum(len(sent.x) for sent in world.sent)
         buffer = context.buffer()
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.current_stream().synchronize()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            result = steps.unpack(buffer.dispatch(**arguments))
-            combined, _, _ = buffer.combine(result.x, result.handle)
+        graph, result, combined = capture(context, buffer, arguments)
         graph.replay()
         verify(context, world, result, combined)
         buffer.destroy()
         del graph, result, combined
+
+
+def left_behind_a_replay(context, seed: int) -> None:
+    """Rank 0 leaves by an exception, while the others, which are late, count on its replay."""
+    world = world_of(Case(tokens=(20, 7)), seed, context.size)
+    buffer = context.buffer()
+    arguments = steps.dispatch_arguments(context, world)
+    arguments["num_worst_tokens"] = sum(len(sent.x) for sent in world.sent)
+    graph, result, combined = capture(context, buffer, arguments)
+    graph.replay()
+    verify(context, world, result, combined)
+    poison(context, result.x, result.topk_idx, result.topk_weights, combined)
+    if context.rank == 0:
+        with contextlib.suppress(LookupError), buffer:
+            graph.replay()
+            raise LookupError
+    else:
+        context.backend.delay()
+        graph.replay()
+        buffer.check()
+    verify(context, world, result, combined)
 
 
 def without_room(context, seed: int) -> None:
