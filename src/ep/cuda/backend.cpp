@@ -252,8 +252,10 @@ CudaBackend::~CudaBackend() {
   int before = 0;
   (void)cudaGetDevice(&before);
   (void)cudaSetDevice(device);
-  if (usable()) awaitBriefly();
-  if (!left()) transport_->giveUp();
+  if (!left()) {
+    if (usable()) awaitBriefly();
+    transport_->giveUp();
+  }
   peerOrder->abort();
   (void)cudaStreamSynchronize(stream.get());
   (void)cudaSetDevice(before);
