@@ -75,8 +75,8 @@ class Buffer(LowLatencyMethods):
     `stream`, or else the current one of the framework of the tensors; the legacy default stream, if
     that has none. One that is given as an integer must live as long as the buffer. What fails on
     the GPU is raised by a later call or `check`. Calls can be captured into CUDA graphs, a dispatch
-    with `num_worst_tokens` or a handle: every rank replays its graph as often as the others. The
-    low-latency methods are on the CPU only.
+    with `num_worst_tokens` or a handle: every rank replays its graph as often as the others, and
+    none once its buffer is gone. The low-latency methods are on the CPU only.
 
     Attributes:
         device: "cpu" or "cuda:N".
@@ -228,11 +228,6 @@ class Buffer(LowLatencyMethods):
             self.destroy()
         else:
             # The others may never come to destroy; an error that leads here must not wait for them.
-            self._core.leave()
-
-    def __del__(self) -> None:
-        # So does the destructor of the core, but other threads of Python would have to wait for it.
-        if hasattr(self, "_core"):
             self._core.leave()
 
     def is_available(self) -> bool:

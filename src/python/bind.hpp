@@ -12,6 +12,20 @@
 
 namespace mscclpp_ep::python {
 
+/// A buffer that other threads of Python need not wait for while it leaves: it may be dropped
+/// anywhere.
+class UnlockedBuffer final : public mscclpp_ep::Buffer {
+ public:
+  using mscclpp_ep::Buffer::Buffer;
+  UnlockedBuffer(const UnlockedBuffer&) = delete;
+  UnlockedBuffer& operator=(const UnlockedBuffer&) = delete;
+  ~UnlockedBuffer() {
+    const nanobind::gil_scoped_release release;
+    leave();
+  }
+};
+using Buffer = UnlockedBuffer;
+
 void bindErrors(nanobind::module_& m);
 void bindTypes(nanobind::module_& m);
 void bindBuffer(nanobind::module_& m);

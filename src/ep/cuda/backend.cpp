@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <thread>
 
 #include "cuda/await.hpp"
@@ -191,7 +192,7 @@ class CudaBackend final : private Resources, public HostBackend {
   void abort() noexcept override { peerOrder->abort(); }
   void settle() override;
   void awaitStream() const;
-  void awaitBriefly() noexcept;
+  void awaitBriefly() const noexcept;
   bool isCallersOnly() const;
   bool canPlanOnCallers(const CallOptions& call) const;
   void freeDropped();
@@ -233,15 +234,16 @@ class CudaBackend final : private Resources, public HostBackend {
 };
 
 /// Lets end what this rank has enqueued: other ranks, which may be late, have their part in it.
-void CudaBackend::awaitBriefly() noexcept {
+void CudaBackend::awaitBriefly() const noexcept {
   constexpr std::chrono::milliseconds kPeriod{1};
   const auto end = std::chrono::steady_clock::now() + briefly_;
   try {
-    users.lookForCapture();
-    while (!users.idle() && std::chrono::steady_clock::now() < end) {
-      std::this_thread::sleep_for(kPeriod);
+    for (const auto& event : users.ends()) {
+      while (!event->passed() && std::chrono::steady_clock::now() < end) {
+        std::this_thread::sleep_for(kPeriod);
+      }
     }
-  } catch (const Error&) {
+  } catch (const std::exception&) {
     // Expected: at the end of a process, a GPU that cannot be asked does nothing more.
   }
 }
@@ -249,6 +251,7 @@ void CudaBackend::awaitBriefly() noexcept {
 /// What this rank still waits for on the GPU ends, and with it what it reads and writes.
 CudaBackend::~CudaBackend() {
   if (inChild()) return;
+  const RelaxedCapture relaxed;
   int before = 0;
   (void)cudaGetDevice(&before);
   (void)cudaSetDevice(device);

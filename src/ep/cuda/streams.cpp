@@ -94,14 +94,14 @@ void UserStreams::lookForCapture() {
   everCaptured_ = everCaptured_ || capturing_.has_value();
 }
 
-bool UserStreams::idle() const {
-  const RelaxedCapture relaxed;
-  const auto busy = [](cudaStream_t stream) {
-    return cudaStreamQuery(stream) == cudaErrorNotReady;
+std::vector<std::unique_ptr<StreamEvent>> UserStreams::ends() const {
+  std::vector<std::unique_ptr<StreamEvent>> events;
+  const auto add = [&](cudaStream_t stream) {
+    if (!isCapturing(stream)) events.push_back(std::make_unique<StreamEvent>(stream));
   };
-  // A stream that is captured may not be asked.
-  const bool replays = everCaptured_ && !capturing_;
-  return !busy(comm_) && !(replays && std::any_of(users_.begin(), users_.end(), busy));
+  add(comm_);
+  if (everCaptured_) std::for_each(users_.begin(), users_.end(), add);
+  return events;
 }
 
 std::unique_ptr<Fence> UserStreams::fence() {

@@ -93,9 +93,9 @@ class UserStreams {
   /// Whether one ever was: it may be running now, on any stream.
   bool everCaptured() const { return everCaptured_; }
 
-  /// Whether nothing of the buffer's is under way: on the stream of operations, and on the others,
-  /// of which only graphs may have it.
-  bool idle() const;
+  /// Behind what is enqueued now of operations: on their stream, and on those of users if graphs
+  /// may be running there. What is being captured has no end.
+  std::vector<std::unique_ptr<StreamEvent>> ends() const;
 
   /// A fence behind what is enqueued now; null while a graph is captured, of which other streams
   /// are no part.

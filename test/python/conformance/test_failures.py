@@ -130,18 +130,15 @@ def test_rank_that_destroys_its_buffer_alone(ranks, seed):
 
 
 @pytest.mark.ranks(2, 3, 8)
-def test_rank_that_leaves_behind_a_combine(ranks, seed):
-    ranks.check(failures.left_behind_a_combine, seed)
+@pytest.mark.parametrize("drops", [False, True], ids=["raises", "drops"])
+def test_rank_that_leaves_behind_a_combine(ranks, drops, seed):
+    ranks.check(failures.left_behind_a_combine, drops, seed)
 
 
-@pytest.mark.ranks(2, 3)
-def test_rank_that_drops_its_buffer(ranks, seed):
-    run = ranks.start(failures.dropped, TIMEOUT, seed)
-    for rank in range(1, ranks.size):
-        run.report(rank)
-    run.send(0)
-    outcomes = run.result()
-    assert [str(o.failure) for o in outcomes] == ["None"] * ranks.size
+@pytest.mark.gpu_only
+@pytest.mark.ranks(1, 2)
+def test_buffer_dropped_behind_long_work(ranks, seed):
+    ranks.check(failures.dropped_behind_long_work, seed)
 
 
 @pytest.mark.ranks(2, 3, modes=("process",))

@@ -46,8 +46,8 @@ struct BufferStats {
 /// On the CPU a call returns with its outputs complete; on a GPU it is ordered with other work by
 /// its CallOptions (no stream given: the legacy default stream), inputs live until it is done,
 /// streams live as long as the buffer or until forgetStream(), and
-/// what goes wrong on the GPU is thrown by the next call or check(). Calls throw the classes of
-/// error.hpp.
+/// what goes wrong on the GPU is thrown by the next call or check(). A graph that was captured of
+/// calls is not replayed once the buffer is gone. Calls throw the classes of error.hpp.
 class MSCCLPP_EP_API Buffer {
  public:
   /// Connects the ranks of `bootstrap`; collective.
@@ -143,9 +143,9 @@ class MSCCLPP_EP_API Buffer {
   /// results stay valid. Collective; calling it again does nothing.
   void destroy();
   /// Lets go without waiting for calls of other ranks: for a rank that cannot come to destroy(). On
-  /// a GPU the operations of a buffer that has not failed have up to 5 seconds, or half of the
-  /// timeout, to end, as they are those of other ranks as well; of graphs, those on streams that
-  /// calls were given.
+  /// a GPU the operations of a buffer that has not failed have up to 5 seconds to end, or half of
+  /// the timeout if that is less, as they are those of other ranks as well; replays of graphs have,
+  /// on streams that calls or recordStream() were given.
   void leave() noexcept;
   bool destroyed() const;
 

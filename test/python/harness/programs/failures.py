@@ -138,39 +138,52 @@ def destroyed_alone(context, timeout: float, seed: int) -> None:
         expect_the_end(context, buffer, world, timeout)
 
 
-def left_behind_a_combine(context, seed: int) -> None:
-    """Rank 0 leaves by an exception, while the others, which may be late, count on its kernel."""
+def left_behind_a_combine(context, drops: bool, seed: int) -> None:
+    """Rank 0 leaves by an exception, or drops its buffer, while the others, which may be late,
+    count on its kernel."""
     buffer = context.buffer()
     world = world_of(LARGE, seed, context.size)
-    handle = steps.dispatch(context, buffer, world).handle
     rows, arguments = steps.combine_arguments(context, buffer, world)
-    if context.rank == 0:
+    handle = steps.dispatch(context, buffer, world).handle
+    if context.rank != 0:
+        context.backend.delay()
+        steps.verify_combine(context, world, buffer.combine(rows, handle, **arguments))
+        buffer.check()
+    elif drops:
+        buffer.combine(rows, handle, **arguments)
+        context.opened.clear()
+        del buffer, handle
+    else:
         with contextlib.suppress(LookupError), buffer:
             buffer.combine(rows, handle, **arguments)
             raise LookupError
         steps.raised(ep.InvalidArgument, buffer.stats)
-    else:
-        context.backend.delay()
-        steps.verify_combine(context, world, buffer.combine(rows, handle, **arguments))
-        buffer.check()
 
 
-def dropped(context, timeout: float, seed: int) -> None:
-    """Rank 0 drops its buffer, and keeps what it got of it: the others are told."""
-    buffer = context.buffer(timeout=timeout)
+def dropped_behind_long_work(context, seed: int) -> None:
+    """Other threads of Python go on while a buffer that was dropped waits for its kernels."""
+    buffer = context.buffer()
     world = world_of(SMALL, seed, context.size)
-    kept = steps.dispatch(context, buffer, world)
-    if context.rank == 0:
-        context.opened.clear()
-        del buffer
-        gc.collect()
-        context.receive()
-    else:
-        error, seconds = timed(ep.PeerFailure, steps.dispatch, context, buffer, world)
-        context.report("told")
-        assert seconds < timeout / 2
-        assert steps.names_rank(str(error), 0) or "gave up" in str(error), error
-    steps.verify_dispatch(context, world, kept)
+    rows, arguments = steps.combine_arguments(context, buffer, world)
+    handle = steps.dispatch(context, buffer, world).handle
+    context.backend.delay()
+    buffer.combine(rows, handle, **arguments)
+    gone, turns = threading.Event(), []
+
+    def count() -> None:
+        while not gone.wait(0.005):
+            turns.append(time.monotonic())
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    context.opened.clear()
+    start = time.monotonic()
+    del buffer, handle
+    end = time.monotonic()
+    gone.set()
+    thread.join()
+    assert end - start > 0.1, "it did not wait"
+    assert sum(start < turn < end for turn in turns) > 5
 
 
 def interrupted(context, victim: int, timeout: float, seed: int) -> str:
