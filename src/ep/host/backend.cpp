@@ -77,7 +77,7 @@ void HostBackend::refuseChild() const {
 /// After a failure a slow peer may still write to any block that was published to it.
 void HostBackend::requireUsable() {
   refuseChild();
-  if (failure_.empty()) {
+  if (usable()) {
     try {
       return notice();
     } catch (const Error& error) {
@@ -229,7 +229,7 @@ BufferStats HostBackend::stats() {
 
 void HostBackend::destroy() {
   // In a forked child, or after a failure, there is nobody to wait for.
-  if (inChild() || !failure_.empty()) return;
+  if (inChild() || !usable()) return;
   if (begun_) {
     run("dispatch", [&] {
       abandonRows(context_, Verdict::rejected, "it destroyed its buffer before it had finished");

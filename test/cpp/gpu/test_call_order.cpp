@@ -20,6 +20,7 @@ namespace mscclpp_ep {
 namespace {
 
 using testing::DeviceArray;
+using testing::dispatchOn;
 using testing::Gate;
 using testing::kPoison;
 using testing::onGpus;
@@ -51,14 +52,6 @@ class OtherCall {
   std::int64_t numExperts_;
   DeviceArray perRank_, perExpert_, inRank_;
 };
-
-DispatchHandle dispatchOn(Buffer& buffer, const Rank& rank, const OwnStream& stream) {
-  Result result(buffer, rank, true, stream);
-  result.handle =
-      buffer.finishDispatch(buffer.beginDispatch(rank.inputs, {}, stream.call()), result.outputs());
-  requireReceived(rank, result, stream);
-  return result.handle;
-}
 
 /// The rows of a cached dispatch come late on its stream, whatever is called `between` its halves.
 void dispatchLate(Buffer& buffer, const OwnStream& stream,

@@ -15,12 +15,12 @@ namespace mscclpp_ep {
 namespace {
 
 using testing::contains;
+using testing::dispatchOn;
 using testing::errorOf;
 using testing::onGpus;
 using testing::OwnStream;
 using testing::Rank;
 using testing::require;
-using testing::requireReceived;
 using testing::Result;
 using testing::scenarioOf;
 
@@ -39,13 +39,6 @@ class Steps {
  private:
   std::atomic<int> at_{0};
 };
-
-void dispatch(Buffer& buffer, const Rank& rank, const OwnStream& stream) {
-  Result result(buffer, rank, true, stream);
-  result.handle =
-      buffer.finishDispatch(buffer.beginDispatch(rank.inputs, {}, stream.call()), result.outputs());
-  requireReceived(rank, result, stream);
-}
 
 void dispatchInVain(Buffer& buffer, const Rank& rank, const OwnStream& stream) {
   const auto work = [&] {
@@ -77,7 +70,7 @@ TEST_CASE("a rank may abandon a dispatch and begin another before its counts are
     const OwnStream stream(buffer);
     const Rank first(scenarioOf(3, kRanks), buffer.rank());
     const Rank second(scenarioOf(4, kRanks), buffer.rank());
-    dispatch(buffer, second, stream);
+    dispatchOn(buffer, second, stream);
     if (buffer.rank() == 0) steps.reach(kBegun);
     if (buffer.rank() == 2) steps.await(kHeld);
     if (buffer.rank() == 1) {
@@ -87,7 +80,7 @@ TEST_CASE("a rank may abandon a dispatch and begin another before its counts are
     } else {
       dispatchInVain(buffer, first, stream);
     }
-    dispatch(buffer, second, stream);
+    dispatchOn(buffer, second, stream);
   };
   CHECK_NOTHROW(onGpus(kRanks, program, interrupt));
 }

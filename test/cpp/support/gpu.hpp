@@ -198,6 +198,15 @@ inline void requireReceived(const Rank& rank, const Result& result, const OwnStr
   requireBytes(result.topkWeights.view, rank.expected.weights, stream, "topk_weights");
 }
 
+/// A dispatch, compared with what the rank is to receive.
+inline DispatchHandle dispatchOn(Buffer& buffer, const Rank& rank, const OwnStream& stream) {
+  Result result(buffer, rank, true, stream);
+  result.handle =
+      buffer.finishDispatch(buffer.beginDispatch(rank.inputs, {}, stream.call()), result.outputs());
+  requireReceived(rank, result, stream);
+  return result.handle;
+}
+
 /// A scenario of any shape.
 inline Scenario scenarioOf(unsigned seed, int ranks) {
   std::mt19937 random(seed);

@@ -181,13 +181,17 @@ class World:
     def num_tokens(self, rank: int) -> int:
         return self.case.tokens[rank % len(self.case.tokens)]
 
+    @property
+    def capacity(self) -> int:
+        """Rows that a rank receives at most."""
+        return sum(self.num_tokens(rank) for rank in range(self.size))
+
     def num_rows(self, rank: int) -> int:
         """Rows of the outputs of `rank`, those that nothing arrives in included."""
         return self.num_worst or len(self.routes[rank])
 
     def _num_worst(self, most: int) -> int:
-        capacity = sum(self.num_tokens(rank) for rank in range(self.size))
-        sizes = {"": 0, "exact": most, "room": capacity + 5, "short": most // 2, "one": 1}
+        sizes = {"": 0, "exact": most, "room": self.capacity + 5, "short": most // 2, "one": 1}
         return max(sizes[self.case.worst], 1) if self.case.worst else 0
 
     def _rng(self, rank: int, *purpose: int) -> np.random.Generator:

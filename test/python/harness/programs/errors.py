@@ -358,14 +358,14 @@ def noticed_later(context, seed: int) -> None:
     idx[0, 0] = 2**40
     arguments = steps.dispatch_arguments(context, world)
     arguments["topk_idx"] = context.backend.array(idx)
-    arguments["num_worst_tokens"] = sum(len(sent.x) for sent in world.sent)
+    arguments["num_worst_tokens"] = world.capacity
     result = steps.unpack(buffer.dispatch(**arguments))
     assert (context.backend.host(result.topk_idx) < CASE.experts).all()
     steps.raised(ep.InvalidArgument, buffer.check)
 
     for counts, change in (("num_tokens_per_rank", 1), ("num_tokens_per_expert", -1000)):
         arguments = steps.dispatch_arguments(context, world)
-        arguments["num_worst_tokens"] = sum(len(sent.x) for sent in world.sent)
+        arguments["num_worst_tokens"] = world.capacity
         arguments[counts] += change
         buffer.dispatch(**arguments)
         assert counts in str(steps.raised(ep.InvalidArgument, buffer.check))

@@ -63,7 +63,7 @@ def replays(context, case: Case, seed: int, times: int) -> None:
     worlds = [world_of(case, seed + turn, context.size) for turn in range(8)]
     buffer = context.buffer()
     arguments = steps.dispatch_arguments(context, worlds[0])
-    arguments["num_worst_tokens"] = sum(len(sent.x) for sent in worlds[0].sent) + 3
+    arguments["num_worst_tokens"] = worlds[0].capacity + 3
     graph, result, combined = capture(context, buffer, arguments)
     for turn in range(times):
         world = worlds[turn % len(worlds)]
@@ -103,7 +103,7 @@ def outlive(context, case: Case, seed: int) -> None:
     world = world_of(case, seed, context.size)
     for _ in range(3):
         arguments = steps.dispatch_arguments(context, world)
-        arguments["num_worst_tokens"] = sum(len(sent.x) for sent in world.sent)
+        arguments["num_worst_tokens"] = world.capacity
         buffer = context.buffer()
         graph, result, combined = capture(context, buffer, arguments)
         graph.replay()
@@ -117,7 +117,7 @@ def left_behind_a_replay(context, seed: int) -> None:
     world = world_of(Case(tokens=(20, 7)), seed, context.size)
     buffer = context.buffer()
     arguments = steps.dispatch_arguments(context, world)
-    arguments["num_worst_tokens"] = sum(len(sent.x) for sent in world.sent)
+    arguments["num_worst_tokens"] = world.capacity
     graph, result, combined = capture(context, buffer, arguments)
     graph.replay()
     verify(context, world, result, combined)

@@ -96,16 +96,11 @@ def changed_on_the_way(context, operation: str, seed: int) -> str:
 
 def replayed(context, case: Case, seed: int) -> None:
     """Dispatch and combine of a graph, each replay in an operation of another number."""
-    torch = context.backend.torch
     world = world_of(case, seed, context.size)
     buffer = context.buffer(integrity_check=True)
     arguments = steps.dispatch_arguments(context, world)
-    arguments["num_worst_tokens"] = sum(len(sent.x) for sent in world.sent) + 2
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.current_stream().synchronize()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        result = steps.unpack(buffer.dispatch(**arguments))
-        combined, _, _ = buffer.combine(result.x, result.handle)
+    arguments["num_worst_tokens"] = world.capacity + 2
+    graph, result, combined = graphs.capture(context, buffer, arguments)
     for _ in range(5):
         graphs.poison(context, result.x, result.topk_idx, result.topk_weights, combined)
         graph.replay()

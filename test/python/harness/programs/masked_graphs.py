@@ -22,17 +22,14 @@ class Replays:
     """A captured dispatch and combine, replayed with other tokens, and without some ranks."""
 
     def __init__(self, player: Player, case: Case, seed: int) -> None:
-        torch, size = player.context.backend.torch, player.size
         self.player, self.turn = player, 0
-        self.worlds = [world_of(case, seed + turn, size) for turn in range(5)]
+        self.worlds = [world_of(case, seed + turn, player.size) for turn in range(5)]
         self.arguments = steps.dispatch_arguments(player.context, self.worlds[0])
-        most = max(sum(len(sent.x) for sent in world.sent) for world in self.worlds)
+        most = max(world.capacity for world in self.worlds)
         self.arguments["num_worst_tokens"] = most + 3
-        self.graph = torch.cuda.CUDAGraph()
-        torch.cuda.current_stream().synchronize()
-        with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
-            self.result = steps.unpack(player.buffer.dispatch(**self.arguments))
-            self.combined, _, _ = player.buffer.combine(self.result.x, self.result.handle)
+        self.graph, self.result, self.combined = graphs.capture(
+            player.context, player.buffer, self.arguments
+        )
 
     def play(self, lost: Ranks = frozenset()) -> None:
         world = self.replay()
