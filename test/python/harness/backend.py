@@ -30,6 +30,10 @@ class Cpu:
         """The bytes of `tensor` as they are now."""
         return np.asarray(tensor)
 
+    def copy(self, tensor):
+        """A copy that is made without a wait of the host for what this rank has been given."""
+        return np.array(tensor)
+
     def synchronize(self) -> None:
         """Waits for all work that this rank has been given."""
 
@@ -46,7 +50,7 @@ class Cpu:
 
     def read_only(self, tensor):
         """A copy that the framework lets nobody write to, if it can."""
-        copy = np.array(tensor)
+        copy = self.copy(tensor)
         copy.setflags(write=False)
         return copy
 
@@ -92,6 +96,9 @@ class Cuda:
         name = str(tensor.dtype).removeprefix("torch.")
         raw = tensor.detach().view(self._integer(tensor.itemsize)).cpu().numpy()
         return raw.view(np.dtype(getattr(ml_dtypes, name, name)))
+
+    def copy(self, tensor):
+        return tensor.clone()
 
     def synchronize(self) -> None:
         self.torch.cuda.current_stream().synchronize()
